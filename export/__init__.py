@@ -1,0 +1,1 @@
+"""How a network becomes an engine: ONNX, typed precision, one file per runtime, verified."""

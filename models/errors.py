@@ -1,0 +1,66 @@
+"""Errors a user can meet. Each says in one sentence what is wrong and what to do.
+
+::
+
+    LitezooError (ValueError)
+    ├── UsageError      exit status 2: what was asked for cannot be (unknown name, wrong layout)
+    ├── CheckFailed     exit status 3: a check found a difference (parity, hash, accuracy)
+    └── MissingError    exit status 4: something needed is not on this machine
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
+
+
+class LitezooError(ValueError):
+    """Base of every error that litezoo raises for its user; `exit_status` is the program's."""
+
+    exit_status = 2
+
+
+class UsageError(LitezooError):
+    """What was asked for is wrong in itself: an unknown name, a bad shape, a wrong layout."""
+
+
+class CheckFailed(LitezooError):
+    """A check ran and found a difference; nothing was written."""
+
+    exit_status = 3
+
+
+class MissingError(LitezooError):
+    """Something that this step needs is not on this machine; the message says what to type."""
+
+    exit_status = 4
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a name that is not in `known`, with the nearest name that is.
+
+    >>> str(unknown_name("device", "t44", ["cpu", "t4"]))
+    "unknown device 't44'; did you mean 't4'? (known: cpu, t4)"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)})")
+
+
+def require(module: str, *, purpose: str, extra: str) -> ModuleType:
+    """Import a dependency that only one part of litezoo needs.
+
+    >>> require("no_such_package", purpose="training", extra="train")
+    Traceback (most recent call last):
+    litezoo.models.errors.MissingError: training needs no_such_package: pip install 'litezoo[train]'
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        absent = error.name or module
+        raise MissingError(
+            f"{purpose} needs {absent.split('.')[0]}: pip install 'litezoo[{extra}]'"
+        ) from error

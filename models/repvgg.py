@@ -1,0 +1,203 @@
+r"""RepVGG: Making VGG-style ConvNets Great Again (Ding et al., arXiv 2101.03697, CVPR 2021).
+
+Trained as three parallel branches, deployed as one 3x3 convolution per layer::
+
+          train form                        deploy form
+              x                                  x
+      ┌───────┼────────────┐                     │
+    3x3/s   1x1/s      identity          3x3/s with bias      K = K3 + pad(K1) + I, each
+     BN      BN           BN                     │                scaled by its BatchNorm
+      └───────+────────────┘                     │            b = sum of the BN shifts
+           [SE] ReLU                         [SE] ReLU
+
+Section 3.3 and Figure 4 of the paper; the identity branch exists where the block keeps shape
+(in == out, stride 1). D2se (official repository) puts a squeeze-and-excitation, ratio 1/16,
+between the sum and the ReLU. In the g2/g4 variants every second layer, counted from the stem as 0,
+is grouped (section 3.4). The table of variants is in repvgg_specs.py.
+
+Differs from the paper in: nothing in eval mode. Initialisation is PyTorch's default, as in the
+official repository (timm draws the branch BatchNorm gammas from N(0.1, 0.1) instead).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .classifier import ImageClassifier
+from .fuse import (
+    DeployBlock,
+    FusableBlock,
+    Kernel,
+    fold_bn,
+    fold_conv_bn,
+    identity_kernel,
+    make_conv,
+    pad_to,
+)
+
+__all__ = ["KEY_LAYOUTS", "RepVGG", "RepVGGBlock"]
+
+#: Regular expressions that turn a public state dict's keys into ours, by layout.
+KEY_LAYOUTS = {
+    "timm": (
+        (r"\.conv_kxk\.(conv|bn)\.", r".branch_3x3.\1."),
+        (r"\.conv_1x1\.(conv|bn)\.", r".branch_1x1.\1."),
+        (r"\.identity\.", r".branch_identity."),
+        (r"\.attn\.fc(\d)\.", r".se.fc\1."),
+    ),
+    "official": (
+        (r"^stage0\.", r"stem."),
+        (r"^stage([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        (r"\.rbr_dense\.", r".branch_3x3."),
+        (r"\.rbr_1x1\.", r".branch_1x1."),
+        (r"\.rbr_identity\.", r".branch_identity."),
+        (r"\.se\.down\.", r".se.fc1."),
+        (r"\.se\.up\.", r".se.fc2."),
+        (r"^linear\.", r"head.fc."),
+    ),
+}
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate x * sigmoid(fc2(relu(fc1(mean(x))))), arXiv 1709.01507; (N, C, H, W)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated map, same shape."""
+        squeezed: Tensor = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True))))
+        gate: Tensor = self.gate(squeezed)
+        return x * gate
+
+
+class ConvBN(nn.Sequential):
+    """A bias-free square convolution, padded to keep the size, with its BatchNorm."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, *, stride: int, groups: int
+    ) -> None:
+        conv = nn.Conv2d(
+            in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False
+        )
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
+
+    def kernel(self) -> Kernel:
+        """Return both as one kernel."""
+        return fold_conv_bn(self.conv, self.bn)
+
+
+class RepVGGBlock(FusableBlock):
+    """One layer in train form, (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        squeeze_excite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.branch_3x3 = ConvBN(in_channels, out_channels, 3, stride=stride, groups=groups)
+        self.branch_1x1 = ConvBN(in_channels, out_channels, 1, stride=stride, groups=groups)
+        keeps_shape = in_channels == out_channels and stride == 1
+        self.branch_identity = nn.BatchNorm2d(in_channels) if keeps_shape else None
+        self.se = SqueezeExcite(out_channels, out_channels // 16) if squeeze_excite else None
+        self.act = nn.ReLU(inplace=True)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.branch_3x3.conv.in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(SE(3x3 + 1x1 + identity))."""
+        y: Tensor = self.branch_3x3(x) + self.branch_1x1(x)
+        if self.branch_identity is not None:
+            y = y + self.branch_identity(x)
+        if self.se is not None:
+            y = self.se(y)
+        activated: Tensor = self.act(y)
+        return activated
+
+    def kernel(self) -> Kernel:
+        """Return the sum of the branches as one 3x3 kernel (section 3.3, Figure 4)."""
+        kernel = self.branch_3x3.kernel() + pad_to(self.branch_1x1.kernel(), 3)
+        if self.branch_identity is None:
+            return kernel
+        conv = self.branch_3x3.conv
+        identity = identity_kernel(
+            conv.in_channels, groups=conv.groups, size=3, device=conv.weight.device
+        )
+        return kernel + fold_bn(identity, self.branch_identity)
+
+    def fused(self) -> DeployBlock:
+        """Return convolution, SE where there is one, ReLU."""
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["conv"] = make_conv(self.kernel(), like=self.branch_3x3.conv)
+        if self.se is not None:
+            layers["se"] = copy.deepcopy(self.se)
+        layers["act"] = nn.ReLU(inplace=True)
+        return DeployBlock(layers)
+
+
+class RepVGG(ImageClassifier):
+    """The network of Table 2: a stem and four stages, each opening with stride 2."""
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        stem_width: int,
+        widths: Sequence[int],
+        groups: int = 1,
+        squeeze_excite: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        stem = RepVGGBlock(in_chans, stem_width, stride=2, squeeze_excite=squeeze_excite)
+        feature_info = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
+        stages = nn.Sequential()
+        channels, layer = stem_width, 1
+        for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            stage = nn.Sequential()
+            for block in range(depth):
+                stage.append(
+                    RepVGGBlock(
+                        channels,
+                        width,
+                        stride=2 if block == 0 else 1,
+                        groups=groups if layer % 2 == 0 else 1,
+                        squeeze_excite=squeeze_excite,
+                    )
+                )
+                channels, layer = width, layer + 1
+            stages.append(stage)
+            feature_info.append(
+                {"num_chs": width, "reduction": 4 * 2**index, "module": f"stages.{index}"}
+            )
+        super().__init__(
+            stem=stem,
+            stages=stages,
+            feature_info=feature_info,
+            num_features=channels,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )

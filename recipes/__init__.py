@@ -1,0 +1,1 @@
+"""What we know: training recipes, devices, and the trainer that runs the first."""

@@ -1,0 +1,1 @@
+"""A zoo of lightweight CNNs with deployment recipes."""
