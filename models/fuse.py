@@ -25,9 +25,9 @@ from .errors import CheckFailed, UsageError
 
 __all__ = [
     "DeployBlock",
+    "FusableBlock",
     "Fused",
     "FusedBlock",
-    "FusableBlock",
     "Kernel",
     "fold_bn",
     "fold_conv_bn",

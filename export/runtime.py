@@ -1,0 +1,92 @@
+"""What every inference runtime does for litezoo, and how one is found by name.
+
+A runtime is one file, `export/runtime_<name>.py`, with `RUNTIME = ...`; its package is imported
+only when it is used. Other packages add theirs through the entry point group `litezoo.runtimes`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from litezoo.models.errors import unknown_name
+from litezoo.recipes.devices import Device
+
+__all__ = ["Array", "Runtime", "Session", "get_runtime", "list_runtimes"]
+
+Array = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """An engine in memory, ready to run."""
+
+    def run(self, batch: Array) -> Array:
+        """Return logits (N, classes) of a preprocessed batch (N, C, H, W)."""
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """Builds and loads the engines of one inference library."""
+
+    @property
+    def name(self) -> str:
+        """The name used in device files, manifests and results."""
+
+    def missing(self, device: Device) -> str | None:
+        """Return None if this machine can build and run for `device`, else why not, in a sentence.
+
+        The sentence ends with what to type where typing helps.
+        """
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the versions of the packages that decide what is built."""
+
+    def build(
+        self, onnx_file: Path, *, device: Device, precision: str, folder: Path
+    ) -> tuple[Path, ...]:
+        """Write this runtime's files for a typed ONNX file into `folder` and return them.
+
+        The ONNX file itself is returned where the runtime loads it as it is. Raises MissingError
+        where `missing` has a reason, CheckFailed where the library refuses the graph.
+        """
+
+    def load(self, files: Sequence[Path], *, device: Device, threads: int | None = None) -> Session:
+        """Load what `build` wrote; `threads` limits CPU runtimes (default: all cores)."""
+
+
+def _modules() -> dict[str, str]:
+    package = importlib.import_module(__package__)
+    prefix = "runtime_"
+    return {
+        info.name.removeprefix(prefix): f"{__package__}.{info.name}"
+        for info in pkgutil.iter_modules(package.__path__)
+        if info.name.startswith(prefix)
+    }
+
+
+def list_runtimes() -> list[str]:
+    """Return the names of all runtimes, installed or not."""
+    return sorted({*_modules(), *(p.name for p in entry_points(group="litezoo.runtimes"))})
+
+
+def get_runtime(name: str) -> Runtime:
+    """Look up a runtime by name; its package is not imported yet.
+
+    >>> get_runtime("tensort")
+    Traceback (most recent call last):
+    litezoo.models.errors.UsageError: unknown runtime 'tensort'; did you mean 'tensorrt'? (known: onnxruntime, openvino, tensorrt)
+    """  # noqa: E501
+    if name in _modules():
+        runtime: Runtime = importlib.import_module(_modules()[name]).RUNTIME
+        return runtime
+    for point in entry_points(group="litezoo.runtimes", name=name):
+        runtime = point.load()
+        return runtime
+    raise unknown_name("runtime", name, list_runtimes())

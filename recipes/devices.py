@@ -1,0 +1,186 @@
+"""Devices: one YAML file each, in recipes/devices/ or a folder named by LITEZOO_DEVICES.
+
+A file's name is the device's name. A key that `Device` does not have, a value of the wrong type,
+or a physical fact without a source is refused with the file, the key and what is allowed. An
+unknown fact is left out, never invented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+
+from litezoo.models.errors import UsageError, unknown_name
+
+__all__ = ["Batch", "Device", "get_device", "list_devices", "load_device"]
+
+_HERE = Path(__file__).parent / "devices"
+_KINDS = ("cpu", "gpu", "npu")
+_DTYPES = ("fp32", "tf32", "bf16", "fp16", "int8")
+#: Physical facts: each needs an entry of the same name in `sources`.
+_PHYSICS = (
+    "compute_capability",
+    "peak_tera_ops_per_s",
+    "memory_gb_per_s",
+    "memory_gib",
+    "l2_cache_mib",
+    "power_w",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The batch sizes an engine is built for: smallest, the one it is tuned for, largest."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse sizes out of order."""
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(f"batch needs 1 <= min <= opt <= max, not {dataclasses.asdict(self)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One target chip and what runs on it.
+
+    `peak_tera_ops_per_s` is dense arithmetic (2 per multiply-accumulate) by dtype; `precisions`
+    are what export offers, the first being the default; `toolchain` maps a package to the versions
+    that serve this device.
+    """
+
+    name: str
+    title: str
+    kind: str
+    runtimes: tuple[str, ...]
+    precisions: tuple[str, ...]
+    batch: Batch = Batch()
+    compute_capability: str | None = None
+    peak_tera_ops_per_s: Mapping[str, float] = field(default_factory=dict)
+    memory_gb_per_s: float | None = None
+    memory_gib: float | None = None
+    l2_cache_mib: float | None = None
+    power_w: float | None = None
+    workspace_mib: int = 1024
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        for key, values, allowed in (
+            ("kind", (self.kind,), _KINDS),
+            ("precisions", self.precisions, _DTYPES),
+            ("peak_tera_ops_per_s", self.peak_tera_ops_per_s, _DTYPES),
+        ):
+            for value in values:
+                if value not in allowed:
+                    raise UsageError(f"{key} has {value!r}, allowed are {', '.join(allowed)}")
+        if not self.precisions or not self.runtimes:
+            raise UsageError("runtimes and precisions need at least one entry each")
+        for key in _PHYSICS:
+            if getattr(self, key) and key not in self.sources:
+                raise UsageError(f"{key} is given without a source; add sources: {key}: ...")
+
+    def check_precision(self, precision: str) -> str:
+        """Return `precision`, "auto" being the device's first; one it lacks is a UsageError.
+
+        >>> get_device("t4").check_precision("bf16")
+        Traceback (most recent call last):
+        litezoo.models.errors.UsageError: t4 has no bf16; it has fp16, fp32
+        """
+        if precision == "auto":
+            return self.precisions[0]
+        if precision not in self.precisions:
+            raise UsageError(f"{self.name} has no {precision}; it has {', '.join(self.precisions)}")
+        return precision
+
+
+def _folders() -> list[Path]:
+    extra = os.environ.get("LITEZOO_DEVICES", "")
+    return [*(Path(p) for p in extra.split(os.pathsep) if p), _HERE]
+
+
+def list_devices() -> list[str]:
+    """Return the names of all devices, of LITEZOO_DEVICES first."""
+    names = [file.stem for folder in _folders() for file in sorted(folder.glob("*.yaml"))]
+    return list(dict.fromkeys(names))
+
+
+def get_device(name: str) -> Device:
+    """Look up a device by name.
+
+    >>> get_device("t44")
+    Traceback (most recent call last):
+    litezoo.models.errors.UsageError: unknown device 't44'; did you mean 't4'? (known: cpu, t4)
+    """
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return load_device(folder / f"{name}.yaml")
+    raise unknown_name("device", name, list_devices())
+
+
+def load_device(file: Path) -> Device:
+    """Load one device file; every mistake in it is a UsageError that names file and key."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} holds no keys; see recipes/devices/t4.yaml for the form")
+    try:
+        return _build(Device, {"name": file.stem, **values})
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+
+
+def _build(cls: typing.Any, values: Mapping[str, object]) -> typing.Any:
+    """Build a dataclass from a mapping, checking every key and type."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UsageError(str(unknown_name("key", str(key), hints)))
+    required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
+    if missing := sorted(required - set(values)):
+        raise UsageError(f"{missing[0]} is missing; required are {', '.join(sorted(required))}")
+    return cls(**{key: _convert(key, hints[key], value) for key, value in values.items()})
+
+
+def _is_required(entry: dataclasses.Field[typing.Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def _convert(key: str, hint: typing.Any, value: object) -> object:
+    """Return `value` as the type `hint`, or say which type the key takes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value)
+    if origin is types.UnionType:
+        return _convert(key, arguments[0], value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(key, arguments[0], item) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        return MappingProxyType(
+            {str(k): _convert(f"{key}.{k}", arguments[1], v) for k, v in value.items()}
+        )
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    wanted = {tuple: "a list", Mapping: "a mapping"}.get(origin) or getattr(hint, "__name__", hint)
+    unit = (
+        ""
+        if "_per_s" not in key and not key.endswith(("_w", "_gib", "_mib"))
+        else (" without a unit (the unit is in the key)")
+    )
+    raise UsageError(f"{key} takes {wanted}{unit}, not {value!r}")
