@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import ClassifierHead
+from timm.layers.classifier import ClassifierHead
 from timm.models import checkpoint_seq
-from torch import Tensor, jit, nn
+from torch import Tensor, nn
 
 from .errors import UsageError
 
@@ -52,7 +52,7 @@ class ImageClassifier(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map (N, num_features, H', W')."""
         x = self.stem(x)
-        if self.grad_checkpointing and self.training and not jit.is_scripting():
+        if self.grad_checkpointing and self.training:
             blocks = [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
             features: Tensor = checkpoint_seq(blocks, x)
             return features

@@ -141,7 +141,7 @@ def make_conv(kernel: Kernel, *, like: nn.Conv2d) -> nn.Conv2d:
         like.in_channels,
         like.out_channels,
         size,
-        stride=like.stride,
+        stride=like.stride[0],
         padding=size // 2,
         groups=like.groups,
         device="meta",

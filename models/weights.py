@@ -136,15 +136,11 @@ def fetch_weights(weights: Weights, *, model: str) -> Path:
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    where = {
-        "repo_id": weights.hub_id,
-        "filename": weights.filename,
-        "revision": weights.revision,
-    }
+    name, revision = weights.filename, weights.revision
     try:
-        if not isinstance(try_to_load_from_cache(**where), str):
+        if not isinstance(try_to_load_from_cache(weights.hub_id, name, revision=revision), str):
             _check_reachable(constants.ENDPOINT)  # the hub client alone retries for 20 s
-        file = Path(hf_hub_download(**where))
+        file = Path(hf_hub_download(weights.hub_id, name, revision=revision))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise MissingError(

@@ -139,9 +139,10 @@ def load_device(file: Path) -> Device:
     if not isinstance(values, dict):
         raise UsageError(f"{file} holds no keys; see recipes/devices/t4.yaml for the form")
     try:
-        return _build(Device, {"name": file.stem, **values})
+        device: Device = _build(Device, {"name": file.stem, **values})
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
+    return device
 
 
 def _build(cls: typing.Any, values: Mapping[str, object]) -> typing.Any:
