@@ -1,0 +1,527 @@
+"""The Lightning trainer that runs the recipes in recipes/train/.
+
+A run's folder holds best.ckpt (by validation top-1), last.ckpt, config.yaml (the whole recipe as it
+ran), metrics.csv, TensorBoard events and run.json. A checkpoint carries what export needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from timm.data import Mixup, create_transform
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from litezoo.models.catalogue import Interpolation, get_spec
+from litezoo.models.create import create_model
+from litezoo.models.errors import UsageError
+from litezoo.models.weights import INFO_KEY, CheckpointInfo, read_checkpoint
+
+from .data import Split, eval_transform, open_data
+
+__all__ = ["ClassifierModule", "ImageData", "TrainResult", "last_run", "train"]
+
+RECIPES = Path(__file__).parent / "train"
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """timm's `create_optimizer_v2`: 1-D tensors and biases get no weight decay."""
+
+    opt: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    layer_decay: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """timm's `create_scheduler_v2` over the run's epochs, stepped every update."""
+
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.0
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupConfig:
+    """timm's `Mixup`; both alphas 0 switch it off."""
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+
+
+class ImageData(pl.LightningDataModule):
+    """Batches of a data set with timm's transforms."""
+
+    def __init__(
+        self,
+        source: str = "digits",
+        *,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        input_size: int | None = None,
+        crop_pct: float | None = None,
+        interpolation: Interpolation | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (0.75, 1.3333),
+        hflip: float = 0.5,
+        color_jitter: float = 0.0,
+        auto_augment: str | None = None,
+        random_erase: float = 0.0,
+    ) -> None:
+        """Open the data set; sizes in pixels, None for the data set's own value.
+
+        Args:
+            source: "digits" or a folder with train/<class>/ and val/<class>/.
+            batch_size: images per step and device.
+            num_workers: loader processes (default: none for digits, else the cores).
+            input_size: side of the square network input.
+            crop_pct: part of the resized side that evaluation crops.
+            interpolation: how images are resized.
+            mean: per channel, on the scale 0..1.
+            std: per channel, on the scale 0..1.
+            scale: area range of the random resized crop.
+            ratio: aspect range of the random resized crop.
+            hflip: probability of a horizontal flip.
+            color_jitter: strength of timm's colour jitter.
+            auto_augment: timm's policy string, such as "rand-m9-mstd0.5".
+            random_erase: probability of timm's random erasing.
+        """
+        super().__init__()
+        self.images = open_data(source)
+        given = {
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+            "mean": mean and tuple(mean),
+            "std": std and tuple(std),
+        }
+        own = self.images.preprocess
+        side = own.input_size[1] if input_size is None else input_size
+        self.preprocess = dataclasses.replace(
+            own,
+            input_size=(own.input_size[0], side, side),
+            **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+        self.batch_size = batch_size
+        if num_workers is None:
+            num_workers = 0 if source == "digits" else os.cpu_count() or 1
+        self.num_workers = num_workers
+        self.train_transform = create_transform(
+            self.preprocess.input_size,
+            is_training=True,
+            scale=tuple(scale),
+            ratio=tuple(ratio),
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            interpolation=self.preprocess.interpolation,
+            mean=self.preprocess.mean,
+            std=self.preprocess.std,
+            re_prob=random_erase,
+        )
+        self.eval_transform = eval_transform(self.preprocess)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set."""
+        return len(self.images.classes)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of its images."""
+        return self.preprocess.input_size[0]
+
+    def _loader(self, split: Split) -> DataLoader[Any]:
+        train = split == "train"
+        dataset = self.images.dataset(split, self.train_transform if train else self.eval_transform)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train,
+            # a last batch of one image would stop BatchNorm
+            drop_last=train and len(dataset) > self.batch_size,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Augmented, shuffled."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Chooses the best checkpoint."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Gives the number that is reported."""
+        return self._loader("test")
+
+
+class ClassifierModule(pl.LightningModule):
+    """One classifier of the zoo in training."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: str | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        mixup: MixupConfig = MixupConfig(),
+        label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
+        grad_checkpointing: bool = False,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            name: model name (see: litezoo list).
+            weights: tag or checkpoint to fine-tune from (default: random initialisation).
+            num_classes: set from the data.
+            in_chans: set from the data.
+            drop_rate: dropout before the classifier.
+            optimizer: optimizer settings.
+            schedule: learning rate schedule.
+            mixup: mixup and cutmix.
+            label_smoothing: part of the target spread over all classes.
+            ema_decay: average the weights with this decay; they are evaluated and exported then.
+            grad_checkpointing: less memory, more compute.
+            channels_last: NHWC memory layout.
+            compile: torch.compile the network (minutes at the start, faster steps).
+        """
+        super().__init__()
+        self.name = name
+        self.net: nn.Module = create_model(
+            name, weights=weights, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+        )
+        self.net.set_grad_checkpointing(grad_checkpointing)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.net.to(memory_format=self.layout)
+        self.ema = ModelEmaV3(self.net, decay=ema_decay) if ema_decay is not None else None
+        if compile:
+            self.net.compile()
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.mixup: Mixup | None = None
+        self.train_loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        if mixup.mixup_alpha or mixup.cutmix_alpha:
+            self.mixup = Mixup(
+                **dataclasses.asdict(mixup),
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+            self.train_loss = SoftTargetCrossEntropy()
+        self.eval_loss = nn.CrossEntropyLoss()
+        self.top1 = nn.ModuleDict(
+            {s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
+        )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and exported: the average where one is kept."""
+        return self.net if self.ema is None else self.ema.module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits of the evaluated network."""
+        logits: Tensor = self.evaluated(images.contiguous(memory_format=self.layout))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        images, targets = batch
+        if self.mixup is not None and len(images) % 2 == 0:
+            images, targets = self.mixup(images, targets)
+        elif self.mixup is not None:
+            targets = nn.functional.one_hot(targets, self.mixup.num_classes).to(images.dtype)
+        logits = self.net(images.contiguous(memory_format=self.layout))
+        loss: Tensor = self.train_loss(logits, targets)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the average after each optimizer step."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if self.ema is not None and (batch_idx + 1) % accumulate == 0:
+            self.ema.update(self.net, step=self.global_step)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        images, targets = batch
+        logits = self(images)
+        metric = self.top1[split]
+        metric(logits, targets)
+        self.log(f"{split}/top1", metric, on_epoch=True, batch_size=len(images))
+        self.log(
+            f"{split}/loss", self.eval_loss(logits, targets), on_epoch=True, batch_size=len(images)
+        )
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accumulate validation loss and top-1."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accumulate test loss and top-1."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """Return timm's optimizer and schedule."""
+        optimizer = create_optimizer_v2(self.net, **dataclasses.asdict(self.optimizer_config))
+        epochs = self.trainer.max_epochs or 1
+        steps = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            **dataclasses.asdict(self.schedule_config),
+            num_epochs=epochs,
+            updates_per_epoch=steps,
+            step_on_epochs=False,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step timm's scheduler, which counts updates."""
+        scheduler.step_update(num_updates=self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what export needs."""
+        from importlib.metadata import version
+
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[INFO_KEY] = CheckpointInfo(
+            model=self.name,
+            classes=data.images.classes,
+            preprocess=data.preprocess,
+            data=data.images.source,
+            state_prefix="net." if self.ema is None else "ema.module.",
+            litezoo_version=version("litezoo"),
+        ).to_dict()
+
+
+class _EpochLine(Callback):
+    """One line an epoch, and how many training images a second went through."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self._started = 0.0
+        self._rate = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+        self._images = 0
+        self._rate = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        self._images += len(batch[0])
+        # taken here, not at the epoch's end, which comes after validation
+        self._rate = self._images / (time.perf_counter() - self._started)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rate = self._rate * trainer.world_size
+        self.rates.append(rate)
+        pl_module.log("train/images_per_s", rate)
+        metrics = trainer.callback_metrics
+        loss, top1 = metrics.get("train/loss"), metrics.get("val/top1")
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            + (f"  loss {float(loss):.4f}" if loss is not None else "")
+            + (f"  val top-1 {100 * float(top1):.2f} %" if top1 is not None else "")
+            + f"  {rate:.0f} img/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run ended with; top-1 in percent, of the best checkpoint by validation."""
+
+    model: str
+    data: str
+    checkpoint: str
+    val_top1_percent: float
+    test_top1_percent: float
+    epochs: int
+    images_per_s: float
+    seconds: float
+    precision: str
+
+
+class _CLI(LightningCLI):
+    """LightningCLI whose defaults are those of the zoo."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key in ("num_classes", "in_chans"):
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.trainer.precision is None:
+            self.config.trainer.precision = fast_precision()
+        if self.config.trainer.max_epochs is None:
+            raise UsageError("the recipe sets no trainer.max_epochs; add --trainer.max_epochs N")
+
+
+Precision = Literal["bf16-mixed", "16-mixed", "32-true"]
+
+
+def fast_precision() -> Precision:
+    """Return the fastest safe training precision of this machine."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(False) else "16-mixed"
+    has_bf16 = any(v is True and "bf16" in k for k, v in torch.cpu.get_capabilities().items())
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def last_run(model: str = "*") -> Path | None:
+    """Return the folder under runs/ whose checkpoint is the newest, None without a run."""
+    checkpoints = sorted(RUNS.glob(f"{model}/*/last.ckpt"), key=lambda f: f.stat().st_mtime)
+    return checkpoints[-1].parent if checkpoints else None
+
+
+def find_recipe(model: str, data: str) -> Path:
+    """Return the recipe file: digits.yaml for the digits, else the family's."""
+    name = "digits" if data == "digits" else get_spec(model).family
+    return RECIPES / f"{name}.yaml"
+
+
+def train(
+    model: str,
+    *,
+    data: str = "digits",
+    recipe: Path | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainResult:
+    """Train a model by a recipe and return what came of it.
+
+    Args:
+        model: name of the model.
+        data: "digits" or a folder with train/<class>/ and val/<class>/.
+        recipe: a LightningCLI YAML; default: `find_recipe`.
+        out: the run's folder; default: runs/<model>/<time>.
+        resume: folder of a run to go on with, by its last.ckpt and config.yaml.
+        overrides: LightningCLI arguments, such as --trainer.max_epochs=3.
+    """
+    _quiet()
+    started = time.perf_counter()
+    config = recipe or find_recipe(model, data)
+    arguments = [f"--model.name={model}", f"--data.source={data}"]
+    if resume is not None:
+        config, arguments = resume / "config.yaml", []
+        if not (resume / "last.ckpt").is_file() or not config.is_file():
+            raise UsageError(f"{resume} has no last.ckpt and config.yaml to go on from")
+        read_checkpoint(resume / "last.ckpt")  # says in a sentence if it is corrupt
+    folder = resume or out or RUNS / get_spec(model).name / f"{datetime.now():%Y%m%d-%H%M%S}"
+    if not config.is_file():
+        raise UsageError(f"no recipe {config}; give one with --recipe FILE")
+    best = ModelCheckpoint(
+        dirpath=folder, filename="best", monitor="val/top1", mode="max", save_last=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+    lines = _EpochLine()
+    cli = _CLI(
+        ClassifierModule,
+        ImageData,
+        run=False,
+        args=[f"--config={config}", *arguments, *overrides],
+        seed_everything_default=0,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": f"litezoo train {model}"},
+        trainer_defaults={
+            "callbacks": [best, lines, *([RichProgressBar()] if sys.stderr.isatty() else [])],
+            "enable_progress_bar": sys.stderr.isatty(),
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+        },
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True)
+    if cli.config.trainer.logger is None:
+        cli.trainer.loggers = [
+            CSVLogger(folder, name="", version=""),
+            TensorBoardLogger(folder, name="", version=""),
+        ]
+    checkpoint = None if resume is None else folder / "last.ckpt"
+    if checkpoint is not None:
+        done = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+        if done >= (cli.trainer.max_epochs or 0):
+            raise UsageError(
+                f"{folder} has finished its {done} epochs; to go on add --trainer.max_epochs N"
+            )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    if not best.best_model_path:
+        raise UsageError("the run was too short to validate; give it a whole epoch")
+    cli.trainer.test(
+        cli.model, cli.datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True
+    )
+    result = TrainResult(
+        model=cli.model.name,
+        data=cli.datamodule.images.source,
+        checkpoint=str(folder / "best.ckpt"),
+        val_top1_percent=round(100 * float(best.best_model_score or 0), 2),
+        test_top1_percent=round(100 * float(cli.trainer.callback_metrics["test/top1"]), 2),
+        epochs=cli.trainer.max_epochs or 0,
+        images_per_s=round(sorted(lines.rates)[len(lines.rates) // 2], 1),
+        seconds=round(time.perf_counter() - started, 1),
+        precision=str(cli.trainer.precision),
+    )
+    (folder / "run.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
+
+
+def _quiet() -> None:
+    """Keep Lightning's advertising and its hints for its own developers off the terminal."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*args parameter is intended.*",
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*Experiment logs directory.*exists.*",
+        ".*Detected call of `lr_scheduler.step.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
