@@ -6,7 +6,6 @@ the keys. Every key has to be used on both sides.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import pickle
 import re
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 
 from .catalogue import ModelSpec, Preprocess, Weights
 from .errors import CheckFailed, MissingError, UsageError
+from .files import file_sha256
 
 __all__ = [
     "Checkpoint",
     "CheckpointInfo",
     "convert_state_dict",
     "fetch_weights",
-    "file_sha256",
     "load_state_dict",
     "read_checkpoint",
 ]
@@ -86,12 +85,6 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     info: CheckpointInfo | None
     sha256: str
-
-
-def file_sha256(file: Path) -> str:
-    """Return a file's sha256 as hexadecimal text."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_checkpoint(file: Path) -> Checkpoint:

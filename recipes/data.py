@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import UsageError, require
@@ -181,8 +181,13 @@ def eval_transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
 
 
 def test_loader(
-    source: str, preprocess: Preprocess, *, batch_size: int = 64
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Return the test split in batches: images (N, C, H, W) float32 and labels (N,)."""
+    source: str, preprocess: Preprocess, *, most: int, batch_size: int = 64
+) -> DataLoader[Any]:
+    """Return at most `most` images of the test split, evenly spread over it, in batches.
+
+    A batch is images (N, C, H, W) float32 and labels (N,).
+    """
     dataset = open_data(source).dataset("test", eval_transform(preprocess))
-    return DataLoader(dataset, batch_size=batch_size)
+    total = len(dataset)  # type: ignore[arg-type]
+    indices = np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
+    return DataLoader(Subset(dataset, indices), batch_size=batch_size)

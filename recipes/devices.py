@@ -55,7 +55,7 @@ class Device:
     """One target chip and what runs on it.
 
     `peak_tera_ops_per_s` is dense arithmetic (2 per multiply-accumulate) by dtype; `precisions`
-    are what export offers, the first being the default; `toolchain` maps a package to the versions
+    are what export offers, the best first; `toolchain` maps a package to the versions
     that serve this device.
     """
 
@@ -92,18 +92,18 @@ class Device:
             if getattr(self, key) and key not in self.sources:
                 raise UsageError(f"{key} is given without a source; add sources: {key}: ...")
 
-    def check_precision(self, precision: str) -> str:
-        """Return `precision`, "auto" being the device's first; one it lacks is a UsageError.
+    def select_precisions(self, precision: str) -> tuple[str, ...]:
+        """Return the precisions to export for a request, "auto" being all the device has.
 
-        >>> get_device("t4").check_precision("bf16")
+        >>> get_device("t4").select_precisions("bf16")
         Traceback (most recent call last):
         litezoo.models.errors.UsageError: t4 has no bf16; it has fp16, fp32
         """
         if precision == "auto":
-            return self.precisions[0]
+            return self.precisions
         if precision not in self.precisions:
             raise UsageError(f"{self.name} has no {precision}; it has {', '.join(self.precisions)}")
-        return precision
+        return (precision,)
 
 
 def _folders() -> list[Path]:

@@ -140,8 +140,8 @@ class ImageData(pl.LightningDataModule):
         self.train_transform = create_transform(
             self.preprocess.input_size,
             is_training=True,
-            scale=tuple(scale),
-            ratio=tuple(ratio),
+            scale=(scale[0], scale[1]),
+            ratio=(ratio[0], ratio[1]),
             hflip=hflip,
             color_jitter=color_jitter,
             auto_augment=auto_augment,
@@ -248,9 +248,8 @@ class ClassifierModule(pl.LightningModule):
             )
             self.train_loss = SoftTargetCrossEntropy()
         self.eval_loss = nn.CrossEntropyLoss()
-        self.top1 = nn.ModuleDict(
-            {s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")}
-        )
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
 
     @property
     def evaluated(self) -> nn.Module:
@@ -283,7 +282,7 @@ class ClassifierModule(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
         images, targets = batch
         logits = self(images)
-        metric = self.top1[split]
+        metric = self.val_top1 if split == "val" else self.test_top1
         metric(logits, targets)
         self.log(f"{split}/top1", metric, on_epoch=True, batch_size=len(images))
         self.log(

@@ -1,0 +1,323 @@
+"""An artifact: the engines of one network for one device, with the evidence that they are right.
+
+A folder with manifest.json, the typed ONNX files, each runtime's files, expected.npz (images and
+PyTorch's logits) and, where the device is not here, kit/. It cannot be constructed without parity
+numbers, and no file of it is loaded before its sha256 has been compared. No torch in here: what
+`load` returns runs on a machine that has only the runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from litezoo.models.catalogue import Preprocess
+from litezoo.models.errors import CheckFailed, LitezooError, MissingError, UsageError
+from litezoo.models.files import file_sha256
+from litezoo.recipes.devices import get_device
+
+from .parity import Parity, check_batches
+from .runtime import Array, Session, get_runtime
+
+if TYPE_CHECKING:
+    import os
+
+    from PIL import Image
+
+__all__ = ["Accuracy", "Artifact", "Engine", "LoadedArtifact", "load", "read_artifact", "verify"]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+EXPECTED = "expected.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Top-1 in percent on a test split, of this engine and of PyTorch on the same images."""
+
+    data: str
+    images: int
+    top1_percent: float
+    pytorch_top1_percent: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One runtime's files at one precision, with their evidence."""
+
+    runtime: str
+    precision: str
+    files: tuple[str, ...]
+    parity: Parity
+    accuracy: Accuracy | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Return e.g. "openvino fp32"."""
+        return f"{self.runtime} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What manifest.json says.
+
+    `weights` is a tag, a checkpoint's path or "random" (speed only); `checks` are the parity of the
+    stages before the engines; `not_built` says for each absent runtime why.
+    """
+
+    model: str
+    weights: str
+    weights_sha256: str | None
+    device: str
+    graph_form: str
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    data: str | None
+    checks: tuple[Parity, ...]
+    onnx: Mapping[str, str]
+    engines: tuple[Engine, ...]
+    kit: tuple[str, ...]
+    not_built: Mapping[str, str]
+    notes: tuple[str, ...]
+    files: Mapping[str, str]
+    versions: Mapping[str, str]
+    created: str
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        """Refuse an artifact without evidence, or with nothing to run."""
+        if not self.checks:
+            raise CheckFailed(f"{self.model} has no parity numbers; it is not an artifact")
+        if not self.engines and not self.kit:
+            raise MissingError(f"nothing to run was built: {'; '.join(self.not_built.values())}")
+
+    def to_json(self) -> str:
+        """Return manifest.json's text."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=dict) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Artifact:
+        """Read manifest.json's text; anything else is a UsageError."""
+        try:
+            values = json.loads(text)
+            if values.get("schema") != SCHEMA:
+                raise UsageError(
+                    f"manifest schema {values.get('schema')} is not {SCHEMA}; export again with "
+                    "this version of litezoo"
+                )
+            return cls(
+                **{
+                    **values,
+                    "preprocess": Preprocess.from_dict(values["preprocess"]),
+                    "classes": tuple(values["classes"]),
+                    "checks": tuple(_parity(check) for check in values["checks"]),
+                    "engines": tuple(_engine(engine) for engine in values["engines"]),
+                    "kit": tuple(values["kit"]),
+                    "notes": tuple(values["notes"]),
+                }
+            )
+        except LitezooError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"not a litezoo manifest ({error})") from error
+
+
+def _parity(values: Mapping[str, Any]) -> Parity:
+    return Parity(**{**values, "batches": tuple(values["batches"])})
+
+
+def _engine(values: Mapping[str, Any]) -> Engine:
+    accuracy = values["accuracy"]
+    return Engine(
+        **{
+            **values,
+            "files": tuple(values["files"]),
+            "parity": _parity(values["parity"]),
+            "accuracy": None if accuracy is None else Accuracy(**accuracy),
+        }
+    )
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read a folder's manifest; a folder that is no artifact is a UsageError that names it."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UsageError(f"{folder} is no artifact: it has no {MANIFEST}; make one: litezoo export")
+    try:
+        return Artifact.from_json(file.read_text(encoding="utf-8"))
+    except CheckFailed:
+        raise
+    except (LitezooError, UnicodeDecodeError) as error:
+        raise CheckFailed(f"{file} is damaged: {error}; export again") from error
+
+
+def check_hashes(folder: Path, artifact: Artifact, names: Sequence[str] | None = None) -> None:
+    """Compare sha256 of the named files (default: all); CheckFailed names each that differs."""
+    wrong = []
+    for name in artifact.files if names is None else names:
+        file = folder / name
+        if not file.is_file():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(file) != artifact.files.get(name):
+            wrong.append(f"{name} was changed (sha256 differs)")
+    if wrong:
+        raise CheckFailed(f"{folder}: {'; '.join(wrong)}; export again or copy the folder anew")
+
+
+def load_session(
+    folder: Path, artifact: Artifact, engine: Engine, *, threads: int | None = None
+) -> Session:
+    """Check the engine's files and load them."""
+    check_hashes(folder, artifact, engine.files)
+    files = [folder / name for name in engine.files]
+    return get_runtime(engine.runtime).load(
+        files, device=get_device(artifact.device), threads=threads
+    )
+
+
+def read_expected(folder: Path) -> tuple[Array, Array]:
+    """Return the images (N, C, H, W) and PyTorch's logits (N, classes) the folder came with."""
+    with np.load(folder / EXPECTED) as arrays:
+        return arrays["inputs"], arrays["logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What `verify` found: how many files are intact, each engine's parity, what could not run."""
+
+    files: int
+    parities: tuple[Parity, ...]
+    skipped: Mapping[str, str]
+
+
+def verify(folder: Path) -> Verified:
+    """Check every hash, load every runtime's file and repeat its parity.
+
+    CheckFailed at the first thing that differs. An engine whose runtime is not on this machine is
+    reported in `skipped`; MissingError where nothing at all could be run.
+    """
+    artifact = read_artifact(folder)
+    check_hashes(folder, artifact)
+    images, expected = read_expected(folder)
+    device = get_device(artifact.device)
+    parities: list[Parity] = []
+    skipped: dict[str, str] = {}
+    for engine in artifact.engines:
+        if (reason := get_runtime(engine.runtime).missing(device)) is not None:
+            skipped[engine.label] = reason
+            continue
+        session = load_session(folder, artifact, engine)
+        tolerance = engine.parity.tolerance
+        parities.append(
+            check_batches(engine.label, session.run, images, expected, tolerance=tolerance)
+        )
+    reference = get_runtime("onnxruntime")
+    covered = {e.precision for e in artifact.engines if e.runtime == "onnxruntime"}
+    for check in artifact.checks:
+        precision = check.stage.removeprefix("onnx ")
+        if precision not in artifact.onnx or precision in covered:
+            continue
+        if (reason := reference.missing(device)) is not None:
+            skipped[check.stage] = reason
+            continue
+        session = reference.load([folder / artifact.onnx[precision]], device=device)
+        parities.append(
+            check_batches(check.stage, session.run, images, expected, tolerance=check.tolerance)
+        )
+    if not parities:
+        raise MissingError(f"{folder} cannot be run here: {'; '.join(skipped.values())}")
+    return Verified(files=len(artifact.files), parities=tuple(parities), skipped=skipped)
+
+
+class LoadedArtifact:
+    """A ready engine: call it with images, get logits (N, classes) float32."""
+
+    def __init__(self, artifact: Artifact, engine: Engine, session: Session) -> None:
+        self.artifact, self.engine, self.session = artifact, engine, session
+        self.classes = artifact.classes
+
+    def preprocess(self, image: Image.Image | str | os.PathLike[str]) -> Array:
+        """Return one image file or PIL image as the network's input (C, H, W)."""
+        return preprocess_image(image, self.artifact.preprocess)
+
+    def __call__(self, images: Array | Sequence[Image.Image | str | os.PathLike[str]]) -> Array:
+        """Return logits of a preprocessed batch (N, C, H, W), or of image files or PIL images."""
+        if isinstance(images, np.ndarray):
+            batch = images
+        elif isinstance(images, (list, tuple)):
+            batch = np.stack([self.preprocess(image) for image in images])
+        else:
+            raise UsageError(
+                f"images is a {type(images).__name__}; give a float32 array (N, C, H, W) or a list "
+                "of image files or PIL images"
+            )
+        size = self.artifact.preprocess.input_size
+        if batch.ndim != 4 or batch.shape[1:] != size or not len(batch):
+            raise UsageError(
+                f"images have shape {batch.shape}; this engine takes "
+                f"(N, {', '.join(map(str, size))})"
+            )
+        return self.session.run(np.ascontiguousarray(batch, dtype=np.float32))
+
+
+def load(
+    folder: str | os.PathLike[str], *, runtime: str | None = None, threads: int | None = None
+) -> LoadedArtifact:
+    """Load an artifact's first engine that can run here, or the one of `runtime`.
+
+    Hashes are compared first. MissingError where no engine of it can run on this machine.
+    """
+    path = Path(folder)
+    artifact = read_artifact(path)
+    if runtime is not None:
+        get_runtime(runtime)  # an unknown name has a better answer than "not in this artifact"
+    reasons = list(artifact.not_built.values())
+    for engine in artifact.engines:
+        if runtime not in (None, engine.runtime):
+            continue
+        if (reason := get_runtime(engine.runtime).missing(get_device(artifact.device))) is None:
+            session = load_session(path, artifact, engine, threads=threads)
+            return LoadedArtifact(artifact, engine, session)
+        reasons.append(reason)
+    built = ", ".join(engine.label for engine in artifact.engines) or "only a build kit"
+    raise MissingError(f"{path} has no engine that can run here ({built}): {'; '.join(reasons)}")
+
+
+def preprocess_image(image: Image.Image | str | os.PathLike[str], preprocess: Preprocess) -> Array:
+    """Resize the short side, crop the centre, normalise: timm's evaluation transform, by PIL.
+
+    Takes an image file or PIL image of any size, returns (C, H, W) float32.
+    """
+    from PIL import Image
+
+    channels, height, width = preprocess.input_size
+    if not isinstance(image, Image.Image):
+        try:
+            with Image.open(image) as opened:
+                image = opened.convert("L" if channels == 1 else "RGB")
+        except OSError as error:
+            raise UsageError(f"cannot read the image {image} ({type(error).__name__})") from error
+    image = image.convert("L" if channels == 1 else "RGB")
+    scale = int(np.floor(height / preprocess.crop_pct))
+    short, long = sorted(image.size)
+    sides = (scale, int(scale * long / short))
+    size = sides if image.size[0] <= image.size[1] else sides[::-1]
+    methods = {
+        "nearest": Image.Resampling.NEAREST,
+        "bilinear": Image.Resampling.BILINEAR,
+        "bicubic": Image.Resampling.BICUBIC,
+    }
+    image = image.resize(size, methods[preprocess.interpolation])
+    left, top = round((image.size[0] - width) / 2), round((image.size[1] - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / 255
+    mean, std = (np.asarray(v, dtype=np.float32) for v in (preprocess.mean, preprocess.std))
+    normalised: Array = ((pixels - mean) / std).transpose(2, 0, 1).astype(np.float32)
+    return np.ascontiguousarray(normalised)

@@ -1,0 +1,74 @@
+"""ONNX Runtime on the CPU: loads the typed ONNX file as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litezoo.models.errors import CheckFailed, MissingError
+from litezoo.recipes.devices import Device
+
+from .runtime import Array, Session
+
+__all__ = ["RUNTIME"]
+
+
+class _Session:
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.input = session.get_inputs()[0].name
+
+    def run(self, batch: Array) -> Array:
+        logits: Array = np.asarray(self.session.run(None, {self.input: batch})[0])
+        return logits
+
+
+class OnnxRuntime:
+    """The CPU execution provider, pinned to a number of threads."""
+
+    name = "onnxruntime"
+
+    def missing(self, device: Device) -> str | None:
+        """Return what to install, or None."""
+        if find_spec("onnxruntime") is None:
+            return "runtime 'onnxruntime' needs onnxruntime: pip install 'litezoo[export]'"
+        return None
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the package's version."""
+        return {"onnxruntime": version("onnxruntime")}
+
+    def build(
+        self, onnx_file: Path, *, device: Device, precision: str, folder: Path
+    ) -> tuple[Path, ...]:
+        """Return the ONNX file itself."""
+        if (reason := self.missing(device)) is not None:
+            raise MissingError(reason)
+        return (onnx_file,)
+
+    def load(self, files: Sequence[Path], *, device: Device, threads: int | None = None) -> Session:
+        """Load the ONNX file."""
+        if (reason := self.missing(device)) is not None:
+            raise MissingError(reason)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                str(files[0]), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise CheckFailed(f"onnxruntime refuses {files[0]}: {error}") from error
+        return _Session(session)
+
+
+RUNTIME = OnnxRuntime()

@@ -1,0 +1,110 @@
+"""PyTorch to one ONNX file: dynamo exporter, opset 20, dynamic batch, checked and simplified."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from litezoo.models.errors import CheckFailed, require
+
+from .parity import Parity, check_parity
+from .runtime import Array
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["INPUT", "OPSET", "OUTPUT", "export_onnx", "run_onnx", "simplify_onnx"]
+
+OPSET = 20
+INPUT, OUTPUT = "input", "logits"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's progress prints and deprecation notes off the terminal."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
+
+
+def export_onnx(model: nn.Module, images: Array, *, metadata: Mapping[str, str]) -> ModelProto:
+    """Return the ONNX form of `model` (eval mode): (batch, C, H, W) to (batch, classes).
+
+    `images` is an example batch of two or more; `metadata` goes into the file's properties.
+    """
+    require("onnx", purpose="export", extra="export")
+    require("onnxscript", purpose="export", extra="export")
+    with _silence():
+        program = torch.onnx.export(
+            model,
+            (torch.from_numpy(images),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    assert program is not None
+    proto: ModelProto = program.model_proto
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if versions.get("") != OPSET:
+        raise CheckFailed(f"the exporter wrote opset {versions.get('')} instead of {OPSET}")
+    return _finish(proto, metadata)
+
+
+def _finish(proto: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
+    """Drop the exporter's notes on every node, add ours to the file, and check it whole."""
+    from onnx import checker, helper
+
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+    for node in graph.node:
+        node.ClearField("doc_string")
+    for tensor in graph.initializer:
+        tensor.ClearField("metadata_props")
+    proto.ClearField("metadata_props")
+    helper.set_model_props(proto, dict(metadata))
+    checker.check_model(proto, full_check=True)
+    return proto
+
+
+def run_onnx(proto: ModelProto, images: Array) -> Array:
+    """Return the logits of an ONNX model in memory, by ONNX Runtime on the CPU."""
+    runtime = require("onnxruntime", purpose="checking ONNX files", extra="export")
+    session = runtime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    logits: Array = np.asarray(session.run(None, {session.get_inputs()[0].name: images})[0])
+    return logits
+
+
+def simplify_onnx(proto: ModelProto, images: Array) -> tuple[ModelProto, Parity]:
+    """Return onnxsim's form of the model and the proof that it computes the same."""
+    onnxsim = require("onnxsim", purpose="export", extra="export")
+    with _silence():
+        simplified, _ = onnxsim.simplify(proto)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    simplified = _finish(simplified, metadata)
+    parity = check_parity(
+        "onnxsim",
+        run_onnx(simplified, images),
+        run_onnx(proto, images),
+        reference="the ONNX file before it",
+        tolerance=1e-5,
+    )
+    return simplified, parity
