@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from litezoo.models.catalogue import ModelSpec, Preprocess, get_spec
+from litezoo.models.catalogue import ModelSpec, Preprocess, get_spec, resolve_name
 from litezoo.models.create import create_model
 from litezoo.models.errors import MissingError, UsageError
 from litezoo.models.files import file_sha256, write_whole
@@ -32,6 +32,7 @@ from litezoo.models.fuse import fuse_with_report, graph_form
 from litezoo.models.weights import read_checkpoint
 from litezoo.recipes.data import DataError, test_loader
 from litezoo.recipes.devices import Device, get_device
+from litezoo.recipes.runs import BEST, last_run
 
 from .artifact import EXPECTED, MANIFEST, Accuracy, Artifact, Engine, load_session
 from .parity import BATCHES, TOLERANCE, Parity, check_batches, check_parity
@@ -42,12 +43,40 @@ from .to_onnx import INPUT, OUTPUT, export_onnx, simplify_onnx
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["EngineRequest", "export"]
+__all__ = ["EngineRequest", "choose_source", "export"]
 
 #: auto: build what can be built here, else a kit; require: MissingError where it cannot.
 EngineRequest = Literal["auto", "require"]
 
 _PACKAGES = ("litezoo", "torch", "timm", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+
+
+def choose_source(model: str | None, weights: str | None) -> tuple[str, str]:
+    """Fill in what a request leaves open: the last trained checkpoint, else public weights.
+
+    Returns the model's name and its weights. Without a run and without a model, that is repvgg_a0.
+    """
+    if weights is not None and model is None:
+        info = read_checkpoint(Path(weights)).info if Path(weights).suffix else None
+        if info is None:
+            raise UsageError(f"which model are the weights {weights!r} for? name it first")
+        return info.model, weights
+    if weights is not None and model is not None:
+        return resolve_name(model), weights
+    run = last_run("*" if model is None else resolve_name(model))
+    if run is not None:
+        checkpoint = run / BEST
+        info = read_checkpoint(checkpoint).info
+        if info is not None:
+            return info.model, str(checkpoint)
+    name = "repvgg_a0" if model is None else resolve_name(model)
+    spec = get_spec(name)
+    if not spec.weights:
+        raise MissingError(
+            f"{name} has no public weights and no run here; type one of: `litezoo train {name}`, "
+            "`--weights FILE`, `--weights random` (untrained, for measuring speed)"
+        )
+    return name, spec.weights[0].tag
 
 
 @dataclass(frozen=True, kw_only=True)

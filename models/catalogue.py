@@ -21,7 +21,7 @@ from .errors import UsageError, unknown_name
 if TYPE_CHECKING:
     from .classifier import ImageClassifier
 
-__all__ = ["ModelSpec", "Preprocess", "Weights", "get_spec", "list_models"]
+__all__ = ["ModelSpec", "Preprocess", "Weights", "get_spec", "list_models", "resolve_name"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
@@ -175,6 +175,18 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
         for name, spec in _registry().items()
         if fnmatch.fnmatch(name, pattern) and (spec.weights or not pretrained)
     ]
+
+
+def resolve_name(name: str) -> str:
+    """Return a model's name for a model's or a family's: a family stands for its first model.
+
+    >>> resolve_name("repvgg")
+    'repvgg_a0'
+    """
+    for spec in _registry().values():
+        if spec.family == name:
+            return spec.name
+    return get_spec(name).name
 
 
 def get_spec(name: str) -> ModelSpec:

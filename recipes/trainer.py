@@ -39,11 +39,11 @@ from litezoo.models.errors import UsageError
 from litezoo.models.weights import INFO_KEY, CheckpointInfo, read_checkpoint
 
 from .data import Split, eval_transform, open_data
+from .runs import BEST, LAST, RUNS
 
-__all__ = ["ClassifierModule", "ImageData", "TrainResult", "last_run", "train"]
+__all__ = ["ClassifierModule", "ImageData", "TrainResult", "train"]
 
 RECIPES = Path(__file__).parent / "train"
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,12 +410,6 @@ def fast_precision() -> Precision:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
-def last_run(model: str = "*") -> Path | None:
-    """Return the folder under runs/ whose checkpoint is the newest, None without a run."""
-    checkpoints = sorted(RUNS.glob(f"{model}/*/last.ckpt"), key=lambda f: f.stat().st_mtime)
-    return checkpoints[-1].parent if checkpoints else None
-
-
 def find_recipe(model: str, data: str) -> Path:
     """Return the recipe file: digits.yaml for the digits, else the family's."""
     name = "digits" if data == "digits" else get_spec(model).family
@@ -447,9 +441,9 @@ def train(
     arguments = [f"--model.name={model}", f"--data.source={data}"]
     if resume is not None:
         config, arguments = resume / "config.yaml", []
-        if not (resume / "last.ckpt").is_file() or not config.is_file():
-            raise UsageError(f"{resume} has no last.ckpt and config.yaml to go on from")
-        read_checkpoint(resume / "last.ckpt")  # says in a sentence if it is corrupt
+        if not (resume / LAST).is_file() or not config.is_file():
+            raise UsageError(f"{resume} has no {LAST} and config.yaml to go on from")
+        read_checkpoint(resume / LAST)  # says in a sentence if it is corrupt
     folder = resume or out or RUNS / get_spec(model).name / f"{datetime.now():%Y%m%d-%H%M%S}"
     if not config.is_file():
         raise UsageError(f"no recipe {config}; give one with --recipe FILE")
@@ -481,7 +475,7 @@ def train(
             CSVLogger(folder, name="", version=""),
             TensorBoardLogger(folder, name="", version=""),
         ]
-    checkpoint = None if resume is None else folder / "last.ckpt"
+    checkpoint = None if resume is None else folder / LAST
     if checkpoint is not None:
         done = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
         if done >= (cli.trainer.max_epochs or 0):
@@ -499,7 +493,7 @@ def train(
     result = TrainResult(
         model=cli.model.name,
         data=cli.datamodule.images.source,
-        checkpoint=str(folder / "best.ckpt"),
+        checkpoint=str(folder / BEST),
         val_top1_percent=round(100 * float(best.best_model_score or 0), 2),
         test_top1_percent=round(100 * float(cli.trainer.callback_metrics["test/top1"]), 2),
         epochs=cli.trainer.max_epochs or 0,

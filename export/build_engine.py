@@ -1,0 +1,998 @@
+"""Build, check and measure TensorRT engines from typed ONNX files; needs nothing of litezoo.
+
+litezoo imports this file, and every build kit carries a copy of it, so it needs only numpy,
+TensorRT and cuda-python (the last two are imported when they are used) and Python 3.10. In a kit:
+
+    python build_engine.py                      build, check and measure every engine of the kit
+    python build_engine.py --precision fp16     only this one
+
+Precision is in the ONNX file (a strongly typed network), so the same file serves TensorRT 10.12 to
+11. An engine is published only after its outputs were compared with the expected ones; what was
+found is in `result.json`. Exit status: 0 ok, 2 wrong usage, 3 a check failed, 4 something is
+missing on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Log = Callable[[str], None]
+
+KIT_FORMAT = 1
+INSTALL = "python -m pip install -r requirements.txt"
+#: tensorrt-cu12 wheels need driver 535, which reports CUDA 12.2 (TensorRT 11.4 prerequisites).
+DRIVER_MIN = 535
+DRIVER_MIN_CUDA = (12, 2)
+#: fp32: largest error relative to the largest logit; fp16: largest 1 - cosine of an image's logits.
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-4}
+#: A different top-1 class counts only if the two expected logits differ by more than this share
+#: of the image's largest logit: fp16 may order a near tie either way.
+TIE = 0.01
+CHECK_BATCHES = (1, 2, 7)
+_ENGINE_NAME = re.compile(r"(?P<stem>.+)\.sm(?P<sm>\d+)\.trt(?P<version>\d+(\.\d+)*)\.plan")
+
+
+class KitError(Exception):
+    """What ends the work; the message is for the user and `status` is the program's."""
+
+    status = 3
+
+
+class Wrong(KitError):
+    """What was asked for is wrong in itself."""
+
+    status = 2
+
+
+class Failed(KitError):
+    """A check found a difference, or TensorRT refused; nothing was published."""
+
+
+class Missing(KitError):
+    """Something that this step needs is not on this machine."""
+
+    status = 4
+
+
+class NotInstalled(Missing):
+    """A Python package is not installed."""
+
+    def __init__(self, package: str, install: str) -> None:
+        super().__init__(f"{package} is not installed here: {install}")
+        self.package = package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What an engine must run on."""
+
+    device: str
+    title: str
+    compute_capability: str
+    tensorrt_min: str = "10.12"
+    tensorrt_below: str = "12"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Target):
+    """How one typed ONNX file becomes an engine: an entry of `engines` in kit.json.
+
+    The input is (N, channels, height, width), N from `batch_min` to `batch_max` and fastest at
+    `batch_opt`. `tolerance` is what TOLERANCES says of the precision.
+    """
+
+    model: str
+    precision: str
+    onnx: str
+    input_name: str
+    output_name: str
+    channels: int
+    height: int
+    width: int
+    batch_min: int
+    batch_opt: int
+    batch_max: int
+    workspace_mib: int
+    tolerance: float
+    warm_up_ms: float = 200.0
+    seconds: float = 3.0
+
+    def shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Return the input's shape at this batch size."""
+        return (batch, self.channels, self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The TensorRT module, the CUDA runtime module and the GPU that were found here."""
+
+    trt: Any
+    cuda: Any
+    gpu_index: int
+    gpu_name: str
+    compute_capability: str
+    driver_cuda: str
+
+    @property
+    def tensorrt_version(self) -> str:
+        """Return TensorRT's full version, which an engine is tied to."""
+        return str(self.trt.__version__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far an engine's logits are from the expected ones, over all batch sizes."""
+
+    precision: str
+    images: int  # compared, an image at three batch sizes being three
+    batches: tuple[int, ...]
+    max_abs_error: float
+    max_relative_error: float
+    min_cosine: float
+    top1_agreement: float
+    finite: bool
+
+    def problem(self, tolerance: float) -> str | None:
+        """Return None if the engine may be used, else what is wrong, in a sentence."""
+        if not self.finite:
+            return "some outputs are not finite numbers"
+        if self.precision == "fp32":
+            if self.max_relative_error > tolerance:
+                return f"relative error {self.max_relative_error:.2e} > {tolerance:.0e}"
+        elif 1 - self.min_cosine > tolerance:
+            return f"cosine {self.min_cosine:.6f} < {1 - tolerance:g}"
+        if self.top1_agreement < 1:
+            return f"top-1 agrees for {self.top1_agreement:.1%} of the images, not for all"
+        return None
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    part = _write_part(file, content)
+    part.replace(file)
+
+
+def _write_part(file: Path, content: bytes) -> Path:
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def engine_name(stem: str, *, compute_capability: str, tensorrt_version: str) -> str:
+    """Return an engine's file name, which says where it loads.
+
+    >>> engine_name("a0.fp16", compute_capability="7.5", tensorrt_version="10.16.1.11")
+    'a0.fp16.sm75.trt10.16.1.11.plan'
+    """
+    return f"{stem}.sm{compute_capability.replace('.', '')}.trt{tensorrt_version}.plan"
+
+
+def read_engine_name(name: str) -> tuple[str, str]:
+    """Return (compute capability, TensorRT version) of an engine's file name.
+
+    >>> read_engine_name("a0.fp16.sm75.trt10.16.1.11.plan")
+    ('7.5', '10.16.1.11')
+    """
+    found = _ENGINE_NAME.fullmatch(name)
+    if not found or len(found["sm"]) < 2:
+        raise Wrong(
+            f"{name!r} does not say what it runs on; the name has the form "
+            f"{engine_name('MODEL', compute_capability='7.5', tensorrt_version='10.16.1.11')}"
+        )
+    return f"{found['sm'][:-1]}.{found['sm'][-1]}", found["version"]
+
+
+# --- what is on this machine ---------------------------------------------------------------------
+
+
+def find_tensorrt(*, install: str) -> Any:
+    """Import TensorRT, or raise Missing; `install` is what the user should type."""
+    try:
+        trt = importlib.import_module("tensorrt")
+    except ModuleNotFoundError as error:
+        if error.name == "tensorrt":
+            raise NotInstalled("tensorrt", install) from error
+        raise _no_libraries(error, install) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _no_libraries(error, install) from error
+    if getattr(trt, "IS_STUB", False) or not hasattr(trt, "Builder"):
+        raise _no_libraries("it is a stub", install)
+    return trt
+
+
+def _no_libraries(reason: object, install: str) -> Missing:
+    return Missing(
+        f"TensorRT is here only as Python bindings, without its libraries "
+        f"({_one_line(reason)}): {install} --force-reinstall"
+    )
+
+
+def find_environment(
+    target: Target, *, subject: str = "this kit is for", install: str = INSTALL
+) -> Environment:
+    """Find TensorRT and a GPU that `target` allows and make that GPU current, or raise Missing.
+
+    `subject` begins the sentence about a wrong GPU; `install` ends the one about a wrong package.
+    """
+    trt = find_tensorrt(install=install)
+    version = str(trt.__version__)
+    low, below = target.tensorrt_min, target.tensorrt_below
+    if not _numbers(low) <= _numbers(version) < _numbers(below):
+        raise Missing(
+            f"TensorRT {version} is here, but {target.device} needs >={low},<{below}: {install}"
+        )
+    try:
+        cuda = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise NotInstalled("cuda-python", install) from error
+    try:
+        return _find_gpu(trt, cuda, target=target, subject=subject)
+    except Failed as error:
+        raise Missing(str(error)) from error
+
+
+def _find_gpu(trt: Any, cuda: Any, *, target: Target, subject: str) -> Environment:
+    """Make the first GPU of the target's compute capability current."""
+    driver = _check_driver(cuda, target)
+    gpus = []
+    for index in range(_checked(cuda, cuda.cudaGetDeviceCount())):
+        properties = _checked(cuda, cuda.cudaGetDeviceProperties(index))
+        name = _text(properties.name)
+        capability = f"{properties.major}.{properties.minor}"
+        if capability == target.compute_capability:
+            _checked(cuda, cuda.cudaSetDevice(index))
+            return Environment(
+                trt=trt,
+                cuda=cuda,
+                gpu_index=index,
+                gpu_name=name,
+                compute_capability=capability,
+                driver_cuda=driver,
+            )
+        gpus.append(f"{name} with {capability}")
+    raise Missing(
+        f"{subject} compute capability {target.compute_capability} ({target.title}); the GPU here "
+        f"is {', '.join(gpus)}; run it where this lists {target.title}: nvidia-smi -L"
+    )
+
+
+def _check_driver(cuda: Any, target: Target) -> str:
+    """Return the CUDA version that the driver serves, or raise Missing."""
+    packed = _checked(cuda, cuda.cudaDriverGetVersion())
+    driver = (packed // 1000, packed % 1000 // 10)
+    named = f"{driver[0]}.{driver[1]}"
+    status, count = cuda.cudaGetDeviceCount()
+    errors = cuda.cudaError_t
+    if packed == 0 or status == errors.cudaErrorNoDevice or (int(status) == 0 and count == 0):
+        raise Missing(
+            f"no NVIDIA GPU is visible here and {target.device} needs compute capability "
+            f"{target.compute_capability} ({target.title}); to see what the driver sees: nvidia-smi"
+        )
+    if driver < DRIVER_MIN_CUDA:
+        raise Missing(
+            f"the NVIDIA driver here serves CUDA {named} only; the tensorrt-cu12 wheels need "
+            f"driver {DRIVER_MIN} or newer (CUDA {DRIVER_MIN_CUDA[0]}.{DRIVER_MIN_CUDA[1]}); "
+            "update it, then see its version with: nvidia-smi"
+        )
+    if status == errors.cudaErrorInsufficientDriver:
+        raise Missing(
+            f"cuda-python here needs a newer driver than this one (CUDA {named}): "
+            f"python -m pip install 'cuda-python>=12.6.1,<{driver[0] + 1}'"
+        )
+    return named
+
+
+def _checked(cuda: Any, answer: Sequence[Any]) -> Any:
+    """Return the value of a CUDA runtime call, or raise Failed with CUDA's words."""
+    status, *values = answer
+    if int(status) != 0:
+        words = _text(cuda.cudaGetErrorString(status)[1])
+        raise Failed(f"CUDA error {int(status)} ({words}); to see the GPU's state: nvidia-smi")
+    return values[0] if values else None
+
+
+def _text(words: object) -> str:
+    return words.decode() if isinstance(words, bytes) else str(words)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _create_logger(trt: Any, log: Log) -> Any:
+    """Return a TensorRT logger that passes warnings on to `log` and keeps the errors."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if int(severity) <= int(trt.Logger.ERROR):
+                self.errors.append(_one_line(msg))
+            if int(severity) <= int(trt.Logger.WARNING):
+                log(f"TensorRT: {_one_line(msg)}")
+
+    return Logger()
+
+
+def _create_monitor(trt: Any, progress: Log) -> Any:
+    """Return a TensorRT progress monitor that says which step of which phase was done."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(f"{phase_name} {step + 1}/{self.steps.get(phase_name, '?')}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def build_plan(
+    onnx_file: Path, *, settings: Settings, log: Log, progress: Log | None = None
+) -> bytes:
+    """Build the engine of a typed ONNX file on the current GPU and return it serialized.
+
+    `log` takes TensorRT's warnings and errors, `progress` one short text per build step.
+    """
+    trt = find_tensorrt(install=INSTALL)
+    logger = _create_logger(trt, log)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # the bindings' way to say that the library gave no builder
+        raise Failed(
+            f"TensorRT {trt.__version__} cannot start on this GPU: {_last_words(logger)}"
+        ) from error
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_file)):
+        raise Failed(f"TensorRT cannot read {onnx_file.name}: {_parser_errors(parser, logger)}")
+    _check_network(network, settings)
+
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.avg_timing_iterations = 8  # what trtexec takes
+    if settings.precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # else "fp32" would multiply 10-bit mantissas
+    if progress is not None:
+        config.progress_monitor = _create_monitor(trt, progress)
+    profile = builder.create_optimization_profile()
+    profile.set_shape(
+        settings.input_name,
+        settings.shape(settings.batch_min),
+        settings.shape(settings.batch_opt),
+        settings.shape(settings.batch_max),
+    )
+    if config.add_optimization_profile(profile) < 0:
+        raise Failed(
+            f"TensorRT refuses the batch sizes {settings.batch_min}, {settings.batch_opt}, "
+            f"{settings.batch_max} for {onnx_file.name}: {_last_words(logger)}"
+        )
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Failed(f"TensorRT built no engine of {onnx_file.name}: {_last_words(logger)}")
+    return bytes(plan)
+
+
+def _check_network(network: Any, settings: Settings) -> None:
+    """Refuse an ONNX file that is not what the settings say."""
+    if network.num_inputs != 1 or network.num_outputs != 1:
+        raise Failed(
+            f"{settings.onnx} has {network.num_inputs} inputs and {network.num_outputs} outputs; "
+            "one of each is wanted"
+        )
+    source, result = network.get_input(0), network.get_output(0)
+    wanted = (settings.input_name, *settings.shape(-1))
+    found = (source.name, *tuple(source.shape))
+    if found != wanted:
+        raise Failed(
+            f"{settings.onnx} has the input {found[0]!r} of shape {found[1:]}; wanted is "
+            f"{wanted[0]!r} of shape {wanted[1:]} (-1: any batch size)"
+        )
+    if result.name != settings.output_name:
+        raise Failed(
+            f"{settings.onnx} has the output {result.name!r}; wanted is {settings.output_name!r}"
+        )
+
+
+def _parser_errors(parser: Any, logger: Any) -> str:
+    errors = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        errors.append(
+            f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): "
+            f"{_one_line(error.desc())}"
+        )
+    return "; ".join(errors) or _last_words(logger)
+
+
+def _last_words(logger: Any) -> str:
+    errors: list[str] = logger.errors
+    return "; ".join(errors[-3:]) or "it gives no reason"
+
+
+def trtexec_command(settings: Settings) -> str:
+    """Return the trtexec line that builds and times the same engine (trtexec 10.12 to 11)."""
+
+    def shapes(batch: int) -> str:
+        return f"{settings.input_name}:{'x'.join(map(str, settings.shape(batch)))}"
+
+    words = [
+        "trtexec",
+        f"--onnx={settings.onnx}",
+        f"--saveEngine={Path(settings.onnx).stem}.trtexec.plan",
+        "--stronglyTyped",  # trtexec 10 needs it, 11 accepts it
+        f"--minShapes={shapes(settings.batch_min)}",
+        f"--optShapes={shapes(settings.batch_opt)}",
+        f"--maxShapes={shapes(settings.batch_max)}",
+        f"--shapes={shapes(settings.batch_opt)}",
+        f"--memPoolSize=workspace:{settings.workspace_mib}",
+        *(["--noTF32"] if settings.precision == "fp32" else []),
+        "--profilingVerbosity=detailed",
+        "--avgTiming=8",
+        f"--warmUp={round(settings.warm_up_ms)}",
+        f"--duration={max(1, round(settings.seconds))}",
+        "--percentile=50,90,99",
+    ]
+    return shlex.join(words)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+class Engine:
+    """One engine in GPU memory: takes (N, C, H, W) float32 and gives (N, classes)."""
+
+    def __init__(self, plan: bytes, *, environment: Environment, log: Log) -> None:
+        trt = environment.trt
+        self._cuda = environment.cuda
+        self._gpu_index = environment.gpu_index
+        self._stream: Any = None
+        self._input_address = self._output_address = 0
+        self._context: Any = None
+        _checked(self._cuda, self._cuda.cudaSetDevice(self._gpu_index))
+        self._logger = _create_logger(trt, log)
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        except TypeError as error:
+            raise Failed(
+                f"TensorRT {trt.__version__} cannot start here: {_last_words(self._logger)}"
+            ) from error
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise Failed(
+                f"TensorRT {trt.__version__} cannot load this engine; build it again on this "
+                f"machine ({_last_words(self._logger)})"
+            )
+        self._name_tensors(trt)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise Failed(f"the engine does not fit this GPU: {_last_words(self._logger)}")
+        self._allocate()
+
+    def _name_tensors(self, trt: Any) -> None:
+        inputs: list[str] = []
+        outputs: list[str] = []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            (inputs if is_input else outputs).append(name)
+            if self._engine.get_tensor_dtype(name) != trt.float32:
+                raise Failed(f"the engine's tensor {name!r} is not float32; make the kit again")
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise Failed(f"the engine has the inputs {inputs} and outputs {outputs}, not one each")
+        self.input_name, self.output_name = inputs[0], outputs[0]
+        lowest, _, highest = (
+            tuple(dims) for dims in self._engine.get_tensor_profile_shape(self.input_name, 0)
+        )
+        self.batch_min, self.batch_max = int(lowest[0]), int(highest[0])
+        self.image_shape = tuple(int(size) for size in highest[1:])
+
+    def _allocate(self) -> None:
+        """Take the GPU memory of the largest batch once."""
+        cuda = self._cuda
+        self._batch = 0
+        self._set_batch(self.batch_max)
+        shape = tuple(self._context.get_tensor_shape(self.output_name))
+        if len(shape) != 2 or shape[0] != self.batch_max or shape[1] < 1:
+            raise Failed(f"the engine's output has the shape {shape}, not (N, classes)")
+        self.classes = int(shape[1])
+        self._stream = _checked(cuda, cuda.cudaStreamCreate())
+        image_bytes = 4 * int(np.prod(self.image_shape))
+        self._input_address = _checked(cuda, cuda.cudaMalloc(self.batch_max * image_bytes))
+        self._output_address = _checked(cuda, cuda.cudaMalloc(self.batch_max * self.classes * 4))
+        for name, address in (
+            (self.input_name, self._input_address),
+            (self.output_name, self._output_address),
+        ):
+            if not self._context.set_tensor_address(name, address):
+                raise Failed(f"TensorRT refuses the memory of {name!r}: {self._words()}")
+
+    def _words(self) -> str:
+        return _last_words(self._logger)
+
+    def _set_batch(self, batch: int) -> None:
+        if batch == self._batch:
+            return
+        shape = (batch, *self.image_shape)
+        if not self._context.set_input_shape(self.input_name, shape):
+            raise Failed(f"the engine refuses the input shape {shape}: {self._words()}")
+        if unknown := self._context.infer_shapes():
+            raise Failed(f"the engine leaves the shapes of {unknown} open: {self._words()}")
+        self._batch = batch
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise Failed(f"the engine did not run: {self._words()}")
+
+    def _synchronize(self) -> None:
+        _checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
+
+    def _upload(self, images: Array) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        answer = self._cuda.cudaMemcpyAsync(
+            self._input_address, images.ctypes.data, images.nbytes, kind, self._stream
+        )
+        _checked(self._cuda, answer)
+
+    def _download(self, logits: Array) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        answer = self._cuda.cudaMemcpyAsync(
+            logits.ctypes.data, self._output_address, logits.nbytes, kind, self._stream
+        )
+        _checked(self._cuda, answer)
+
+    def _prepare(self, images: Array) -> Array:
+        if self._context is None:
+            raise Wrong("this engine was closed; load it again")
+        if images.dtype != np.float32 or images.shape[1:] != self.image_shape or images.ndim != 4:
+            raise Wrong(
+                f"this engine takes float32 of shape (N, {', '.join(map(str, self.image_shape))}), "
+                f"not {images.dtype} of shape {images.shape}"
+            )
+        _checked(self._cuda, self._cuda.cudaSetDevice(self._gpu_index))
+        return np.ascontiguousarray(images)
+
+    def run(self, images: Array) -> Array:
+        """Return the logits of any number of images, in batches that the engine takes."""
+        images = self._prepare(images)
+        logits = np.empty((len(images), self.classes), dtype=np.float32)
+        for start in range(0, len(images), self.batch_max):
+            part = images[start : start + self.batch_max]
+            count = len(part)
+            if count < self.batch_min:  # fill up with the last image
+                part = np.concatenate([part, np.repeat(part[-1:], self.batch_min - count, axis=0)])
+            self._set_batch(len(part))
+            result = np.empty((len(part), self.classes), dtype=np.float32)
+            self._upload(part)
+            self._execute()
+            self._download(result)
+            self._synchronize()
+            logits[start : start + count] = result[:count]
+        return logits
+
+    def time_ms(
+        self, images: Array, *, warm_up_ms: float, seconds: float, copies: bool
+    ) -> NDArray[np.float64]:
+        """Return the milliseconds of each run of one batch, at least ten of them.
+
+        A run is from the call until the GPU is done, with or without copying images and logits.
+        """
+        images = self._prepare(images)
+        if not self.batch_min <= len(images) <= self.batch_max:
+            raise Wrong(f"this engine takes batches of {self.batch_min} to {self.batch_max}")
+        self._set_batch(len(images))
+        logits = np.empty((len(images), self.classes), dtype=np.float32)
+        self._upload(images)
+        self._synchronize()
+
+        def once() -> float:
+            start = time.perf_counter()
+            if copies:
+                self._upload(images)
+            self._execute()
+            if copies:
+                self._download(logits)
+            self._synchronize()
+            return (time.perf_counter() - start) * 1e3
+
+        end = time.perf_counter() + warm_up_ms / 1e3
+        once()
+        while time.perf_counter() < end:
+            once()
+        taken: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(taken) < 10 or time.perf_counter() < end:
+            taken.append(once())
+        return np.array(taken)
+
+    def close(self) -> None:
+        """Give the GPU memory back; the engine cannot be used afterwards."""
+        self._context = self._engine = self._runtime = None
+        addresses = (self._input_address, self._output_address)
+        self._input_address = self._output_address = 0
+        for address in addresses:
+            if address:
+                _checked(self._cuda, self._cuda.cudaFree(address))
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            _checked(self._cuda, self._cuda.cudaStreamDestroy(stream))
+
+    def __del__(self) -> None:
+        """Close an engine that its user dropped."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def compare_logits(
+    logits: Array, expected: Array, *, precision: str, batches: Sequence[int]
+) -> Parity:
+    """Compare the logits of some images with the expected ones, row by row."""
+    ours, theirs = logits.astype(np.float64), expected.astype(np.float64)
+    tiny = np.finfo(np.float64).tiny
+    with np.errstate(invalid="ignore"):  # what is not finite is said by `finite`
+        error = np.abs(ours - theirs).max()
+        norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, tiny)
+    picked = np.take_along_axis(theirs, ours.argmax(axis=1)[:, None], axis=1)[:, 0]
+    agrees = theirs.max(axis=1) - picked <= TIE * np.abs(theirs).max(axis=1)
+    return Parity(
+        precision=precision,
+        images=len(expected),
+        batches=tuple(batches),
+        max_abs_error=float(error),
+        max_relative_error=float(error / max(np.abs(theirs).max(), tiny)),
+        min_cosine=float(cosine.min()),
+        top1_agreement=float(agrees.mean()),
+        finite=bool(np.isfinite(ours).all()),
+    )
+
+
+def check_engine(engine: Engine, *, settings: Settings, images: Array, expected: Array) -> Parity:
+    """Run every image at batch 1, 2 and 7 (those the engine takes) and compare the logits."""
+    low, high = settings.batch_min, settings.batch_max
+    batches = [batch for batch in CHECK_BATCHES if low <= batch <= high] or [low]
+    logits, rows = [], []
+    for batch in batches:
+        for start in range(0, len(images), batch):
+            chosen = [i % len(images) for i in range(start, start + batch)]
+            logits.append(engine.run(images[chosen]))
+            rows += chosen
+    return compare_logits(
+        np.concatenate(logits), expected[rows], precision=settings.precision, batches=batches
+    )
+
+
+def measure_engine(
+    engine: Engine, *, settings: Settings, images: Array
+) -> list[dict[str, int | float]]:
+    """Time the engine at its smallest, tuned and largest batch; copies are timed apart."""
+    found = []
+    for batch in sorted({settings.batch_min, settings.batch_opt, settings.batch_max}):
+        chosen = images[[i % len(images) for i in range(batch)]]
+        limits = {"warm_up_ms": settings.warm_up_ms, "seconds": settings.seconds}
+        taken = engine.time_ms(chosen, copies=False, **limits)
+        with_copies = engine.time_ms(chosen, copies=True, **limits)
+        p50_ms, p90_ms, p99_ms = (float(p) for p in np.percentile(taken, (50, 90, 99)))
+        found.append(
+            {
+                "batch": batch,
+                "p50_ms": p50_ms,
+                "p90_ms": p90_ms,
+                "p99_ms": p99_ms,
+                "images_per_s": float(batch * len(taken) / (taken.sum() / 1e3)),
+                "runs": len(taken),
+                "p50_with_copies_ms": float(np.percentile(with_copies, 50)),
+            }
+        )
+    return found
+
+
+# --- the kit -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """What kit.json says."""
+
+    model: str
+    device: str
+    expected: str
+    engines: tuple[Settings, ...]
+    files: Mapping[str, str]
+
+
+def read_kit(folder: Path) -> Kit:
+    """Read kit.json; a folder without one is wrong usage."""
+    file = folder / "kit.json"
+    if not file.is_file():
+        raise Wrong(f"{folder} has no kit.json; type: python build_engine.py --kit FOLDER")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != KIT_FORMAT:
+            raise ValueError(f"its format is {values['format']}, this script reads {KIT_FORMAT}")
+        kit = Kit(
+            model=values["model"],
+            device=values["device"],
+            expected=values["expected"],
+            engines=tuple(Settings(**entry) for entry in values["engines"]),
+            files=dict(values["files"]),
+        )
+        if not kit.engines:
+            raise ValueError("it lists no engines")
+        for settings in kit.engines:
+            _check_types(settings)
+        if absent := {kit.expected, *(s.onnx for s in kit.engines)} - set(kit.files):
+            raise ValueError(f"it has no sha256 of {', '.join(sorted(absent))}")
+        return kit
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failed(f"kit.json cannot be used ({error!r}); copy the whole kit again") from error
+
+
+def _check_types(settings: Settings) -> None:
+    allowed: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if not isinstance(value, allowed[str(field.type)]):
+            raise TypeError(f"{field.name} is {value!r}, not of type {field.type}")
+
+
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise Failed with the name of each kit file that is missing or changed."""
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise Failed(f"{', '.join(missing)} is missing from the kit; copy the whole kit again")
+    changed = [name for name, digest in files.items() if sha256_of(folder / name) != digest]
+    if changed:
+        raise Failed(f"{', '.join(changed)} differs from kit.json; copy the whole kit again")
+
+
+def read_expected(file: Path, settings: Settings) -> tuple[Array, Array]:
+    """Return (images, logits) of the kit."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, logits = arrays["inputs"], arrays["logits"]
+    except (KeyError, ValueError, OSError) as error:
+        raise Failed(f"{file.name} cannot be read ({error}); copy the whole kit again") from error
+    if images.shape != settings.shape(len(images)) or logits.shape[:1] != images.shape[:1]:
+        raise Failed(
+            f"{file.name} holds inputs of shape {images.shape} and logits of shape "
+            f"{logits.shape}, not {settings.shape(len(images))}; make the kit again"
+        )
+    return images.astype(np.float32), logits.astype(np.float32)
+
+
+def make_engine(
+    folder: Path,
+    *,
+    settings: Settings,
+    environment: Environment,
+    images: Array,
+    expected: Array,
+    log: Log,
+    progress: Log | None = None,
+) -> dict[str, Any]:
+    """Build, check, measure and publish one engine of a kit; return its entry of result.json."""
+    onnx_file = folder / settings.onnx
+    name = engine_name(
+        onnx_file.stem,
+        compute_capability=settings.compute_capability,
+        tensorrt_version=environment.tensorrt_version,
+    )
+    file = folder / name
+    file.unlink(missing_ok=True)
+    start = time.perf_counter()
+    plan = build_plan(onnx_file, settings=settings, log=log, progress=progress)
+    build_s = time.perf_counter() - start
+    part = _write_part(file, plan)
+    try:
+        engine = Engine(part.read_bytes(), environment=environment, log=log)
+        parity = check_engine(engine, settings=settings, images=images, expected=expected)
+        if problem := parity.problem(settings.tolerance):
+            raise Failed(f"{name} is not kept, it differs from the expected logits: {problem}")
+        timings = measure_engine(engine, settings=settings, images=images)
+        engine.close()
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return {
+        "precision": settings.precision,
+        "engine": name,
+        "engine_sha256": sha256_of(file),
+        "onnx": settings.onnx,
+        "onnx_sha256": sha256_of(onnx_file),
+        "build_s": round(build_s, 3),
+        "tolerance": settings.tolerance,
+        "parity": dataclasses.asdict(parity),
+        "timings": timings,
+    }
+
+
+def run_kit(
+    folder: Path, *, precisions: Sequence[str] = (), seconds: float | None = None, log: Log = print
+) -> int:
+    """Do all of a kit's work in its folder and return the exit status."""
+    kit = read_kit(folder)
+    verify_files(folder, kit.files)
+    known = [settings.precision for settings in kit.engines]
+    if unknown := [name for name in precisions if name not in known]:
+        raise Wrong(f"this kit has no {unknown[0]}; it has {', '.join(known)}")
+    chosen = [s for s in kit.engines if not precisions or s.precision in precisions]
+    if seconds is not None:
+        chosen = [dataclasses.replace(s, seconds=seconds) for s in chosen]
+    images, expected = read_expected(folder / kit.expected, chosen[0])
+    environment = find_environment(chosen[0])
+    log(
+        f"{kit.model} for {chosen[0].title}: TensorRT {environment.tensorrt_version} on "
+        f"{environment.gpu_name}"
+    )
+    result_file = folder / "result.json"
+    result_file.unlink(missing_ok=True)
+    made: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for settings in chosen:
+        log(f"building {settings.precision} from {settings.onnx} (this can take minutes)")
+        try:
+            made.append(
+                make_engine(
+                    folder,
+                    settings=settings,
+                    environment=environment,
+                    images=images,
+                    expected=expected,
+                    log=log,
+                    progress=_show_progress if sys.stderr.isatty() else None,
+                )
+            )
+        except Failed as error:
+            failed[settings.precision] = str(error)
+    result = _describe(kit, environment=environment, chosen=chosen)
+    result |= {"ok": not failed, "engines": made, "failed": failed}
+    write_whole(result_file, (json.dumps(result, indent=2) + "\n").encode())
+    if made:
+        log(_table(made))
+    if failed:
+        raise Failed("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    log(f"all is in {result_file}; copy it and the .plan files back")
+    return 0
+
+
+def _describe(kit: Kit, *, environment: Environment, chosen: Sequence[Settings]) -> dict[str, Any]:
+    """Return what result.json says of this machine and of the conditions."""
+    return {
+        "format": KIT_FORMAT,
+        "model": kit.model,
+        "device": kit.device,
+        "gpu": environment.gpu_name,
+        "compute_capability": environment.compute_capability,
+        "driver": _driver_version(),
+        "driver_cuda": environment.driver_cuda,
+        "tensorrt": environment.tensorrt_version,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "conditions": {
+            "timed": "one run from the call until the GPU is done, on the host's clock",
+            "copies": False,
+            "cuda_graph": False,
+            "clocks_set_by_this_script": False,
+            "warm_up_ms": chosen[0].warm_up_ms,
+            "seconds": chosen[0].seconds,
+        },
+    }
+
+
+def _driver_version() -> str:
+    """Return the driver's own version, or "unknown" where nvidia-smi does not tell."""
+    if not (program := shutil.which("nvidia-smi")):
+        return "unknown"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def _show_progress(text: str) -> None:
+    print(f"\r\033[K{text[:78]}", end="", file=sys.stderr, flush=True)
+
+
+def _table(made: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"{'precision':<10}{'batch':>6}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'images/s':>12}"
+    ]
+    for entry in made:
+        for row in entry["timings"]:
+            lines.append(
+                f"{entry['precision']:<10}{row['batch']:>6}{row['p50_ms']:>10.3f}"
+                f"{row['p90_ms']:>10.3f}{row['p99_ms']:>10.3f}{row['images_per_s']:>12.1f}"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="build_engine.py", description="Build, check and measure the engines of a kit."
+    )
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="FOLDER",
+        help="the folder with kit.json (default: where this script is)",
+    )
+    parser.add_argument(
+        "--precision", action="append", default=[], help="only this one (may be repeated)"
+    )
+    parser.add_argument("--seconds", type=float, help="how long each batch size is timed")
+    options = parser.parse_args(arguments)
+    try:
+        return run_kit(options.kit, precisions=options.precision, seconds=options.seconds)
+    except KitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except OSError as error:
+        print(f"error: {error}; free the disk or copy the kit elsewhere", file=sys.stderr)
+        return Missing.status
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,468 @@
+"""The `litezoo` program: each verb parses its words, calls one function, and shows the result.
+
+Exit status: 0 ok, 2 wrong usage, 3 a check failed, 4 something needed is not on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name
+
+__all__ = ["main"]
+
+
+def _show(values: Any, *, as_json: bool, text: Callable[[], None]) -> None:
+    """Print `values` as JSON on standard output, or run `text`."""
+    if as_json:
+        print(json.dumps(values, indent=2, default=_plain))
+    else:
+        text()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns that hold only numbers are set to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for index, column in enumerate(columns):
+        numeric = all(row[index].rstrip("x %").replace(".", "").isdigit() for row in rows)
+        table.add_column(column, justify="right" if rows and numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Show the running step on standard error: a spinner on a terminal, else a line each."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield lambda step: status.update(step)
+        return
+    shown: set[str] = set()
+
+    def line(step: str) -> None:
+        kind = step.split(": round")[0]
+        if kind not in shown:
+            shown.add(kind)
+            print(f"- {kind}", file=sys.stderr, flush=True)
+
+    yield line
+
+
+# ---------------------------------------------------------------------------------------- verbs
+
+
+def _list_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'repvgg_b*'")
+    parser.add_argument("--pretrained", action="store_true", help="only those with public weights")
+
+
+def _list(args: Namespace) -> None:
+    from litezoo.models.catalogue import get_spec, list_models
+
+    specs = [get_spec(name) for name in list_models(args.pattern, pretrained=args.pretrained)]
+    if not specs:
+        raise UsageError(f"no model matches {args.pattern!r} (see: litezoo list)")
+
+    def text() -> None:
+        _table(
+            f"{len(specs)} models (parameters and MACs of the deploy form)",
+            ("name", "params M", "MACs M", "input", "paper top-1 %", "weights"),
+            [
+                (
+                    spec.name,
+                    f"{spec.params_deploy / 1e6:.2f}",
+                    f"{spec.macs_m:.1f}",
+                    str(spec.resolution),
+                    "-" if spec.paper_top1_percent is None else f"{spec.paper_top1_percent:.2f}",
+                    ", ".join(f"{w.tag} ({w.top1_percent:.2f})" for w in spec.weights) or "-",
+                )
+                for spec in specs
+            ],
+        )
+
+    _show([spec.name for spec in specs], as_json=args.json, text=text)
+
+
+def _info_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="a name of `litezoo list`")
+
+
+def _info(args: Namespace) -> None:
+    from litezoo.models.catalogue import get_spec
+
+    spec = get_spec(args.model)
+
+    def text() -> None:
+        print(f"{spec.name}  (family {spec.family}, {spec.paper})")
+        for key, value in spec.architecture.items():
+            print(f"  {key:22} {value}")
+        print(f"  {'parameters, train form':22} {spec.params_train:,}")
+        print(f"  {'parameters, deploy form':22} {spec.params_deploy:,}")
+        print(f"  {'MACs, deploy form':22} {spec.macs_m:,.1f} M at {spec.resolution} px")
+        if spec.paper_top1_percent is not None:
+            print(f"  {'paper':22} {spec.paper_params_m} M parameters, {spec.paper_macs_m} M MACs, "
+                  f"top-1 {spec.paper_top1_percent} %: {spec.paper_source}")  # fmt: skip
+        for weights in spec.weights:
+            print(
+                f"  {'weights':22} {weights.tag}: {weights.hub_id}, {weights.licence}, top-1 "
+                f"{weights.top1_percent} % at {weights.preprocess.input_size[1]} px "
+                f"({weights.top1_source})"
+            )
+
+    _show(spec, as_json=args.json, text=text)
+
+
+def _devices_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("device", nargs="?", help="one device in full (default: a table of all)")
+
+
+def _devices(args: Namespace) -> None:
+    from litezoo.recipes.devices import get_device, list_devices
+
+    devices = [get_device(n) for n in ([args.device] if args.device else list_devices())]
+
+    def text() -> None:
+        if args.device:
+            for key, value in _plain(devices[0]).items():
+                if value not in (None, "", {}):
+                    print(f"  {key:20} {dict(value) if isinstance(value, Mapping) else value}")
+            return
+        _table(
+            f"{len(devices)} devices",
+            ("name", "what", "runtimes", "precisions"),
+            [
+                (d.name, d.title, ", ".join(d.runtimes), ", ".join(d.precisions))
+                for d in devices
+            ],
+        )  # fmt: skip
+
+    _show(devices, as_json=args.json, text=text)
+
+
+def _export_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="default: that of the last trained checkpoint")
+    parser.add_argument("--device", required=True, help="a name of `litezoo devices`")
+    parser.add_argument("--weights", help="tag, checkpoint file or 'random' (speed only)")
+    parser.add_argument("--precision", default="auto", help="default: all of the device's")
+    parser.add_argument("--engine", choices=("auto", "require"), default="auto",
+                        help="require: no build kit instead of an engine")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="default: artifacts/<model>/<device>")
+    parser.add_argument("--accuracy-images", type=int, default=2000,
+                        help="most test images to compare top-1 on")  # fmt: skip
+
+
+def _export(args: Namespace) -> None:
+    from litezoo.export.exporter import choose_source, export
+    from litezoo.recipes.devices import get_device
+
+    get_device(args.device).select_precisions(args.precision)  # before anything slow
+    model, weights = choose_source(args.model or None, args.weights or None)
+    out = args.out or Path("artifacts") / model / args.device
+    with _steps() as progress:
+        artifact = export(
+            model,
+            device=args.device,
+            weights=weights,
+            out=out,
+            precision=args.precision,
+            engine=args.engine,
+            accuracy_images=args.accuracy_images,
+            progress=progress,
+        )
+
+    def text() -> None:
+        rows = [
+            (check.stage, check.reference, ", ".join(map(str, check.batches)),
+             f"{check.max_relative_error:.1e}", "-")
+            for check in artifact.checks
+        ]  # fmt: skip
+        rows += [
+            (e.label, e.parity.reference, ", ".join(map(str, e.parity.batches)),
+             f"{e.parity.max_relative_error:.1e}",
+             "-" if e.accuracy is None else f"{e.accuracy.top1_percent:.2f} (PyTorch "
+             f"{e.accuracy.pytorch_top1_percent:.2f}, {e.accuracy.images} images)")
+            for e in artifact.engines
+        ]  # fmt: skip
+        _table(
+            f"{model} ({weights}) for {args.device}, deploy form",
+            ("stage", "compared with", "batch", "relative error", "top-1 %"),
+            rows,
+        )
+        for runtime, reason in artifact.not_built.items():
+            print(f"{runtime} engine: not built ({reason})")
+        if artifact.kit:
+            print(f"build kit: {out / 'kit'}  (copy it to the device, then see its README.md)")
+        for note in artifact.notes:
+            print(f"note: {note}")
+        print(f"artifact: {out}")
+
+    _show({"folder": str(out), **_plain(artifact)}, as_json=args.json, text=text)
+
+
+def _verify_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="an artifact's folder")
+
+
+def _verify(args: Namespace) -> None:
+    from litezoo.export.artifact import verify
+
+    with _steps() as progress:
+        progress(f"verifying {args.folder}")
+        report = verify(args.folder)
+
+    def text() -> None:
+        print(f"{args.folder}: {report.files} files intact")
+        for parity in report.parities:
+            sizes = ", ".join(map(str, parity.batches))
+            print(
+                f"  {parity.stage}: relative error {parity.max_relative_error:.1e} at batch "
+                f"{sizes} (allowed {parity.tolerance:.0e})"
+            )
+        for label, reason in report.skipped.items():
+            print(f"  {label}: not run here ({reason})")
+
+    _show(report, as_json=args.json, text=text)
+
+
+def _bench_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, help="artifact folders")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="batch sizes")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument("--pytorch", action="store_true",
+                        help="also PyTorch eager, in train form and fused")  # fmt: skip
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+
+
+def _bench(args: Namespace) -> None:
+    from litezoo.benchmarks.measure import candidates_of, measure, pytorch_candidates
+    from litezoo.benchmarks.results import append_rows, results_folder
+
+    rows = []
+    with _steps() as progress:
+        progress("loading engines")
+        candidates = [
+            candidate
+            for folder in args.folders
+            for candidate in (
+                *(pytorch_candidates(folder, threads=args.threads) if args.pytorch else ()),
+                *candidates_of(folder, threads=args.threads),
+            )
+        ]
+        for batch in args.batch:
+            rows += measure(candidates, batch=batch, threads=args.threads, progress=progress)
+        files = append_rows(rows, args.results or results_folder())
+
+    def text() -> None:
+        _table(
+            f"{rows[0].machine.cpu}, {args.threads} threads; ratio: speed over the first row of "
+            "the batch, median over interleaved rounds",
+            ("model", "runtime", "precision", "form", "batch", "p50 ms", "p90 ms", "p99 ms",
+             "img/s", "ratio", "top-1 %"),
+            [
+                (r.model, r.runtime, r.precision, r.graph_form, str(r.batch), f"{r.p50_ms:.3f}",
+                 f"{r.p90_ms:.3f}", f"{r.p99_ms:.3f}", f"{r.images_per_s:.0f}", f"{r.ratio:.2f}x",
+                 "-" if r.top1_percent is None else f"{r.top1_percent:.2f}")
+                for r in rows
+            ],
+        )  # fmt: skip
+        print(f"appended {len(rows)} rows to {', '.join(map(str, files))}")
+        engines = [r for r in rows if r.batch == args.batch[0] and r.runtime != "pytorch"]
+        fastest = max(engines, key=lambda row: row.images_per_s)
+        folder = args.folders[0] if len(args.folders) == 1 else None
+        if folder is not None:
+            shape = ", ".join(map(str, fastest.resolution))
+            print(
+                f"artifact: {folder}\nuse it:\n"
+                f"    import litezoo, numpy\n"
+                f'    engine = litezoo.load("{folder}", runtime="{fastest.runtime}")\n'
+                f"    print(engine(numpy.zeros((1, {shape}), numpy.float32)).argmax(1))"
+            )
+
+    _show(rows, as_json=args.json, text=text)
+
+
+def _report_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("results", nargs="*", type=Path, help="default: benchmarks/results/*.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("--readme", type=Path, help="refresh the table in this file instead")
+    parser.add_argument("--check", action="store_true", help="with --readme: change nothing, "
+                        "status 3 if it is not up to date")  # fmt: skip
+
+
+def _report(args: Namespace) -> None:
+    from litezoo.benchmarks.results import read_rows, refresh_readme, results_folder
+    from litezoo.models.errors import CheckFailed
+
+    files = args.results or sorted(results_folder().glob("*.jsonl"))
+    if not files:
+        raise MissingError("no results in benchmarks/results yet; measure first: litezoo bench DIR")
+    rows = read_rows(files)
+    if args.readme is not None:
+        same = refresh_readme(args.readme, rows, write=not args.check)
+        if args.check and not same:
+            raise CheckFailed(f"the results in {args.readme} are not up to date; run: make readme")
+        target = args.readme
+    else:
+        from litezoo.benchmarks.report import write_report
+
+        target = write_report(rows, args.out)
+    _show({"written": str(target), "rows": len(rows)}, as_json=args.json,
+          text=lambda: print(f"{target}: {len(rows)} rows"))  # fmt: skip
+
+
+def _train(words: Sequence[str]) -> int:
+    """Train: our few words here, everything else goes to LightningCLI as it is."""
+    parser = argparse.ArgumentParser(
+        prog="litezoo train",
+        allow_abbrev=False,
+        description="Train or fine-tune a model by a recipe (LightningCLI).",
+        epilog="Every option of LightningCLI can follow, such as --trainer.max_epochs 3, "
+        "--data.batch_size 128, --model.weights TAG; all of them: litezoo train MODEL --options",
+    )
+    parser.add_argument("model", nargs="?", help="a model or a family of `litezoo list`")
+    parser.add_argument("--data", default="digits", help="'digits' (embedded) or a folder with "
+                        "train/<class>/*.jpg and val/<class>/*.jpg")  # fmt: skip
+    parser.add_argument("--recipe", type=Path, help="LightningCLI YAML (default: recipes/train)")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/MODEL/<time>)")
+    parser.add_argument("--resume", action="store_true", help="go on from last.ckpt of the last "
+                        "run (of MODEL, or the one in --out)")  # fmt: skip
+    parser.add_argument("--options", action="store_true", help="show LightningCLI's options")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args, rest = parser.parse_known_args(words)
+
+    from litezoo.models.catalogue import resolve_name
+    from litezoo.models.errors import require
+    from litezoo.recipes.runs import last_run
+
+    if args.model is None and not args.resume:
+        raise UsageError("which model? for example: litezoo train repvgg_a0 (see: litezoo list)")
+    model = None if args.model is None else resolve_name(args.model)
+    run = None
+    if args.resume:
+        run = args.out or last_run(model or "*")
+        if run is None:
+            raise UsageError("there is no run to go on with in runs/; start one: litezoo train")
+        model = model or run.parent.name
+    assert model is not None
+    require("pytorch_lightning", purpose="training", extra="train")
+    require("torchmetrics", purpose="training", extra="train")
+    print(f"training {model} on {args.data}", file=sys.stderr, flush=True)
+    from litezoo.recipes.trainer import train
+
+    result = train(
+        model,
+        data=args.data,
+        recipe=args.recipe,
+        out=args.out,
+        resume=run,
+        overrides=["--help"] if args.options else rest,
+    )
+
+    def text() -> None:
+        print(
+            f"{result.model} on {result.data}: test top-1 {result.test_top1_percent:.2f} % "
+            f"(validation {result.val_top1_percent:.2f} %), {result.epochs} epochs in "
+            f"{result.seconds:.0f} s, {result.images_per_s:.0f} img/s, {result.precision}\n"
+            f"checkpoint: {result.checkpoint}"
+        )
+
+    _show(result, as_json=args.json, text=text)
+    return 0
+
+
+_VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace], None]]] = {
+    "list": ("the models", _list_parser, _list),
+    "info": ("one model: counts, paper, weights", _info_parser, _info),
+    "devices": ("the target devices", _devices_parser, _devices),
+    "export": ("build verified engines for a device", _export_parser, _export),
+    "verify": ("check an artifact: hashes, loading, parity", _verify_parser, _verify),
+    "bench": ("measure artifacts and append to the results", _bench_parser, _bench),
+    "report": ("one HTML page of all results", _report_parser, _report),
+}
+_TRAIN_HELP = "train a model by a recipe"
+#: Verbs of the contract that later versions bring, and what serves meanwhile.
+_LATER = {
+    "profile": "`litezoo info MODEL` has parameters and MACs",
+    "guidelines": "`litezoo bench` measures whole networks",
+    "pick": "`litezoo list` and the results table in README.md have the numbers to pick by",
+    "predict": "`litezoo bench` measures instead",
+    "ceilings": "`litezoo bench` measures whole networks",
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="litezoo",
+        description="Lightweight CNNs: train, fuse, export, verify, measure.",
+        epilog="exit status: 0 ok, 2 wrong usage, 3 a check failed, 4 something needed is missing",
+    )
+    commands = parser.add_subcommands(dest="verb", required=True, metavar="VERB")
+    commands.add_subcommand("train", ArgumentParser(), help=_TRAIN_HELP)
+    for name, (what, fill, _) in _VERBS.items():
+        verb = ArgumentParser(description=what[0].upper() + what[1:] + ".")
+        fill(verb)
+        verb.add_argument("--json", action="store_true", help="print JSON for programs")
+        commands.add_subcommand(name, verb, help=what)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; a user's mistake never shows a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and not words[0].startswith("-"):
+            if words[0] in _LATER:
+                raise MissingError(
+                    f"litezoo {words[0]} is not in this version yet; {_LATER[words[0]]}"
+                )
+            if words[0] not in {*_VERBS, "train"}:
+                raise unknown_name("command", words[0], [*_VERBS, "train"])
+        if words[:1] == ["train"]:
+            return _train(words[1:])
+        args = _parser().parse_args(words)
+        _VERBS[args.verb][2](args[args.verb])
+    except LitezooError as error:
+        if "--json" in words:
+            print(json.dumps({"error": str(error), "status": error.exit_status}))
+        print(f"litezoo: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("litezoo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
