@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from litezoo.models.catalogue import Preprocess
+from litezoo.models.catalogue import Preprocess, get_spec
 from litezoo.models.errors import CheckFailed, LitezooError, MissingError, UsageError
 from litezoo.models.files import file_sha256
 from litezoo.recipes.devices import get_device
@@ -35,6 +35,7 @@ __all__ = ["Accuracy", "Artifact", "Engine", "LoadedArtifact", "load", "read_art
 SCHEMA = 1
 MANIFEST = "manifest.json"
 EXPECTED = "expected.npz"
+ARTIFACTS = Path("artifacts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,33 @@ def read_artifact(folder: Path) -> Artifact:
         raise
     except (LitezooError, UnicodeDecodeError) as error:
         raise CheckFailed(f"{file} is damaged: {error}; export again") from error
+
+
+def find_artifacts(device: str, models: Sequence[str] | None = None) -> list[Path]:
+    """Return the default folders artifacts/<model>/<device> that exist, or those of `models`.
+
+    MissingError, with what to type, where one of them (or any) was not exported yet.
+    """
+    name = get_device(device).name
+    if models is None:
+        found = sorted(file.parent for file in ARTIFACTS.glob(f"*/{name}/{MANIFEST}"))
+        if not found:
+            raise MissingError(
+                f"nothing is exported for {name}; type: litezoo export --device {name}"
+            )
+        return found
+    for model in models:
+        if not (default_folder(get_spec(model).name, name) / MANIFEST).is_file():
+            raise MissingError(
+                f"{model} is not exported for {name}; type: litezoo export {model} --device {name} "
+                "(with --weights random if it is for speed only)"
+            )
+    return [default_folder(model, name) for model in models]
+
+
+def default_folder(model: str, device: str) -> Path:
+    """Return artifacts/<model>/<device>."""
+    return ARTIFACTS / model / device
 
 
 def check_hashes(folder: Path, artifact: Artifact, names: Sequence[str] | None = None) -> None:

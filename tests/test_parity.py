@@ -109,7 +109,6 @@ def test_weights_of_timm_give_its_logits_and_feature_maps(name):
     actual = maps_and_logits(ours, x)
     assert len(actual) == len(expected) == 6
     for mine, timms in zip(actual, expected, strict=True):
-        print(name, float(timms.abs().max()), relative_error(mine, timms))
         assert 1e-2 < timms.abs().max() < 1e4, "neither dead nor exploded"
         assert relative_error(mine, timms) <= BOUND
 

@@ -181,12 +181,13 @@ def _export_parser(parser: ArgumentParser) -> None:
 
 
 def _export(args: Namespace) -> None:
+    from litezoo.export.artifact import default_folder
     from litezoo.export.exporter import choose_source, export
     from litezoo.recipes.devices import get_device
 
     get_device(args.device).select_precisions(args.precision)  # before anything slow
     model, weights = choose_source(args.model or None, args.weights or None)
-    out = args.out or Path("artifacts") / model / args.device
+    out = args.out or default_folder(model, args.device)
     with _steps() as progress:
         artifact = export(
             model,
@@ -254,7 +255,10 @@ def _verify(args: Namespace) -> None:
 
 
 def _bench_parser(parser: ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, help="artifact folders")
+    parser.add_argument("folders", nargs="*", type=Path,
+                        help="artifact folders (default: artifacts/<models>/<device>)")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="whose artifacts, where none is named")
+    parser.add_argument("--models", nargs="+", help="of which models (default: all exported)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="batch sizes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument("--pytorch", action="store_true",
@@ -265,13 +269,15 @@ def _bench_parser(parser: ArgumentParser) -> None:
 def _bench(args: Namespace) -> None:
     from litezoo.benchmarks.measure import candidates_of, measure, pytorch_candidates
     from litezoo.benchmarks.results import append_rows, results_folder
+    from litezoo.export.artifact import find_artifacts
 
+    folders = args.folders or find_artifacts(args.device, args.models)
     rows = []
     with _steps() as progress:
         progress("loading engines")
         candidates = [
             candidate
-            for folder in args.folders
+            for folder in folders
             for candidate in (
                 *(pytorch_candidates(folder, threads=args.threads) if args.pytorch else ()),
                 *candidates_of(folder, threads=args.threads),
@@ -297,7 +303,7 @@ def _bench(args: Namespace) -> None:
         print(f"appended {len(rows)} rows to {', '.join(map(str, files))}")
         engines = [r for r in rows if r.batch == args.batch[0] and r.runtime != "pytorch"]
         fastest = max(engines, key=lambda row: row.images_per_s)
-        folder = args.folders[0] if len(args.folders) == 1 else None
+        folder = folders[0] if len(folders) == 1 else None
         if folder is not None:
             shape = ", ".join(map(str, fastest.resolution))
             print(

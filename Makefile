@@ -1,0 +1,80 @@
+# litezoo: every target creates or refreshes .venv by itself (stamp on setup.cfg). `make` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+ZOO := $(BIN)/litezoo
+
+DEVICE ?= cpu
+DATA ?= digits
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check lint types docs wheel export bench profile guidelines pick report readme clean FORCE
+
+help: ## list the targets
+	@echo "litezoo: lightweight CNNs from recipe to verified, measured engine"
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "litezoo needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 4; }
+	@echo "creating $(VENV) (torch and its libraries: about 6 GB, some minutes)" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade --disable-pip-version-check pip
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## create or refresh .venv
+
+demo: $(STAMP) ## the main job on the embedded digits: train, fuse, export for this CPU, verify, measure
+	$(ZOO) train repvgg_a0 --data digits
+	$(ZOO) export --device cpu --out artifacts/demo
+	$(ZOO) verify artifacts/demo
+	$(ZOO) bench artifacts/demo --pytorch --batch 1 32 --results runs/demo
+
+train-%: $(STAMP) FORCE ## train a family or model: make train-repvgg [DATA=dir] [ARGS="--trainer.max_epochs 3"]
+	$(ZOO) train $* --data '$(DATA)' $(ARGS)
+
+export: $(STAMP) ## verified engines: make export DEVICE=t4 [MODEL=] [WEIGHTS=tag|file|random] [PRECISION=] [OUT=]
+	$(ZOO) export $(MODEL) --device $(DEVICE) $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(PRECISION),--precision $(PRECISION)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+bench: $(STAMP) ## measure exported engines, append to benchmarks/results: make bench DEVICE=cpu [MODELS="a b"]
+	$(ZOO) bench --device $(DEVICE) $(if $(MODELS),--models $(MODELS)) $(ARGS)
+
+profile: $(STAMP) ## parameters, MACs, bytes moved, roofline time per layer: make profile MODEL= DEVICE=
+	$(ZOO) profile $(MODEL) --device $(DEVICE) $(ARGS)
+
+guidelines: $(STAMP) ## measure the design rules on this chip: make guidelines DEVICE=
+	$(ZOO) guidelines --device $(DEVICE) $(ARGS)
+
+pick: $(STAMP) ## ranked backbones under a budget: make pick DEVICE=t4 LATENCY_MS=2
+	$(ZOO) pick --device $(DEVICE) $(if $(LATENCY_MS),--latency-ms $(LATENCY_MS)) $(ARGS)
+
+report: $(STAMP) ## one self-contained HTML page of all results: report.html
+	$(ZOO) report $(ARGS)
+
+readme: $(STAMP) ## refresh the README's table from benchmarks/results
+	$(ZOO) report --readme README.md
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict, and pyright on the public API
+	$(BIN)/mypy -p litezoo
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP) ## run the README's commands and check its table
+	$(BIN)/python tests/run_readme.py README.md
+	$(ZOO) report --readme README.md --check
+
+wheel: $(STAMP) ## install the wheel in a fresh environment and drive it from outside the checkout
+	$(BIN)/python tests/drive_wheel.py
+
+check: lint types test docs wheel ## exactly what CI runs
+
+clean: ## remove what targets made, but for runs/, artifacts/ and results
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .hypothesis

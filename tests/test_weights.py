@@ -1,0 +1,532 @@
+"""Weights from disk and from a hub: whole, adapted where asked, or refused in one sentence."""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import images, relative_error, shake
+from safetensors.torch import save_file
+from timm.models import adapt_input_conv
+
+from litezoo.models.catalogue import Preprocess, get_spec
+from litezoo.models.create import create_model
+from litezoo.models.errors import CheckFailed, MissingError, UsageError
+from litezoo.models.fuse import fuse
+from litezoo.models.weights import (
+    INFO_KEY,
+    CheckpointInfo,
+    convert_state_dict,
+    fetch_weights,
+    file_sha256,
+    load_state_dict,
+    read_checkpoint,
+)
+
+A0 = get_spec("repvgg_a0")
+FIRST = ("stem.branch_3x3.conv.weight", "stem.branch_1x1.conv.weight")
+
+
+@pytest.fixture(scope="module")
+def timms_a0():
+    torch.manual_seed(0)
+    return shake(timm.create_model("repvgg_a0")).eval()
+
+
+@pytest.fixture(scope="module")
+def file(timms_a0, tmp_path_factory):
+    """timm's repvgg_a0 as the hub has it."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(timms_a0.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(file):
+    """The same network, ours; tests must not change it."""
+    return create_model("repvgg_a0", weights=file).eval()
+
+
+def same_but(model, other, *, except_for=()):
+    """Compare two state dicts; `except_for` are prefixes of keys that are not looked at."""
+    first, second = model.state_dict(), other.state_dict()
+    keys = [k for k in first if not k.startswith(tuple(except_for))]
+    assert keys and all(torch.equal(first[k], second[k]) for k in keys)
+
+
+# ----------------------------------------------------------------------- files
+
+
+def test_a_safetensors_file_gives_the_logits_of_its_author(file, timms_a0, ours):
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative_error(ours(x), timms_a0(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".safetensors"])
+def test_a_saved_state_dict_is_read_whole(tmp_path, suffix):
+    state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1])}
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.info is None and checkpoint.state_dict.keys() == state.keys()
+    assert all(torch.equal(checkpoint.state_dict[k], state[k]) for k in state)
+    assert checkpoint.sha256 == file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "folder.pth"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(UsageError, match=rf"no checkpoint .*{name}; give the path of a \.ckpt"):
+        create_model("repvgg_a0", weights=tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(tmp_path, suffix, kept):
+    state = {"a": torch.randn(1000), "b": torch.randn(1000)}
+    path = tmp_path / f"cut{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UsageError, match=rf"cut\{suffix} is (not a readable|corrupt)") as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00.", os.urandom(100)])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    for name in ("what.pth", "what.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=name):
+            create_model("repvgg_a0", weights=tmp_path / name)
+
+
+class Malicious:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path, save):
+    path, proof = tmp_path / "evil.pth", tmp_path / "executed"
+    save({"state_dict": Malicious(proof)}, path)
+    with pytest.raises(UsageError, match=r"evil\.pth is corrupt or holds more than tensors"):
+        read_checkpoint(path)
+    assert not proof.exists()
+
+
+def test_a_pickled_network_is_refused_with_what_to_save_instead(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(UsageError, match=r"torch\.save\(model\.state_dict\(\)"):
+        read_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [torch.zeros(3)], {"epoch": 3}, {"a": {"b": torch.zeros(1)}}]
+)
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UsageError, match=r"other\.pth holds no state dict"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+# ----------------------------------------------------------------------- a checkpoint of ours
+
+
+def info(**changes):
+    values = {
+        "model": "repvgg_a0",
+        "classes": ("cat", "dog"),
+        "preprocess": Preprocess(input_size=(1, 32, 32), mean=(0.5,), std=(0.25,)),
+        "data": "digits",
+        "state_prefix": "ema.",
+        "litezoo_version": "0.1.0",
+    }
+    return CheckpointInfo(**{**values, **changes})
+
+
+def save_run(path, model, record):
+    """Save what a training run leaves: the averaged weights under a prefix, beside others."""
+    state = {f"ema.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"model.{k}": torch.zeros_like(v) for k, v in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3, INFO_KEY: record}, path)
+
+
+def test_a_run_says_its_classes_and_channels(tmp_path):
+    trained = shake(create_model("repvgg_a0", num_classes=2, in_chans=1)).eval()
+    save_run(tmp_path / "last.ckpt", trained, info().to_dict())
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint.info == info()
+    loaded = create_model("repvgg_a0", weights=tmp_path / "last.ckpt").eval()
+    x = images(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert loaded(x).shape == (2, 2) and torch.equal(loaded(x), trained(x))
+
+
+def test_the_record_of_a_run_survives_its_plain_form():
+    assert CheckpointInfo.from_dict(info().to_dict()) == info()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"model": "repvgg_a0"},
+        {**info().to_dict(), "surplus": 1},
+        {**info().to_dict(), "classes": 3},
+        {**info().to_dict(), "preprocess": {"input_size": [3, 32, 32], "sharpen": 1}},
+    ],
+)
+def test_a_broken_record_is_refused(tmp_path, record):
+    torch.save({"state_dict": {}, INFO_KEY: record}, tmp_path / "last.ckpt")
+    with pytest.raises(UsageError, match="record"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    torch.save({"state_dict": {}, INFO_KEY: info(model="repvgg_b0").to_dict()}, tmp_path / "l.ckpt")
+    with pytest.raises(UsageError, match=r"l\.ckpt is of repvgg_b0, not of repvgg_a0"):
+        create_model("repvgg_a0", weights=tmp_path / "l.ckpt")
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        2,
+        pytest.param(3, marks=pytest.mark.xfail(strict=True, reason="message blames the model")),
+        4,
+    ],
+)
+def test_a_run_with_one_channel_says_so_when_asked_for_others(tmp_path, channels):
+    trained = create_model("repvgg_a0", num_classes=2, in_chans=1)
+    save_run(tmp_path / "last.ckpt", trained, info().to_dict())
+    with pytest.raises(UsageError, match="channel"):
+        create_model("repvgg_a0", weights=tmp_path / "last.ckpt", in_chans=channels)
+
+
+# ----------------------------------------------------------------------- adapting
+
+
+def test_other_classes_keep_everything_but_the_classifier(file, ours):
+    model = create_model("repvgg_a0", weights=file, num_classes=10)
+    same_but(model, ours, except_for=["head."])
+    weight, bias = model.head.fc.weight, model.head.fc.bias
+    assert weight.shape == (10, 1280) and weight.std() > 0 and weight.isfinite().all()
+    assert not torch.equal(weight, ours.head.fc.weight[:10]) and bias.shape == (10,)
+    fresh = create_model("repvgg_a0", num_classes=10)
+    words = load_state_dict(fresh, ours.state_dict(), A0)
+    assert words == ("head.fc.weight: new classifier", "head.fc.bias: new classifier")
+
+
+def test_without_classes_everything_but_the_classifier_is_loaded(file, ours):
+    model = create_model("repvgg_a0", weights=file, num_classes=0).eval()
+    assert not [k for k in model.state_dict() if k.startswith("head.fc")]
+    same_but(model, ours)
+    x = images(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = ours.forward_head(ours.forward_features(x), pre_logits=True)
+        assert torch.equal(model(x), expected)
+
+
+def test_feature_maps_are_those_of_the_weights(file, ours):
+    net = create_model("repvgg_a0", weights=file, features_only=True, out_indices=(4,)).eval()
+    x = images(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(net(x)[0], ours.forward_features(x))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_other_channels_adapt_the_first_kernels_as_timm_does(file, ours, channels):
+    model = create_model("repvgg_a0", weights=file, in_chans=channels)
+    same_but(model, ours, except_for=FIRST)
+    for key in FIRST:
+        expected = adapt_input_conv(channels, ours.state_dict()[key].clone())
+        assert torch.equal(model.state_dict()[key], expected)
+
+
+def test_a_grey_image_gives_the_logits_of_its_three_equal_channels(file, ours):
+    model = create_model("repvgg_a0", weights=file, in_chans=1).eval()
+    x = images(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert relative_error(model(x), ours(x.expand(-1, 3, -1, -1))) <= 1e-5
+
+
+def test_adapting_changes_neither_the_weights_nor_their_file(file, ours):
+    before, digest = {k: v.clone() for k, v in ours.state_dict().items()}, file_sha256(file)
+    given = ours.state_dict()
+    load_state_dict(create_model("repvgg_a0", in_chans=4, num_classes=3), given, A0)
+    assert given.keys() == before.keys()
+    assert all(torch.equal(given[k], before[k]) for k in before)
+    create_model("repvgg_a0", weights=file, in_chans=4, num_classes=3)
+    assert file_sha256(file) == digest
+
+
+def test_channels_and_classes_can_be_adapted_at_once(file, ours):
+    model = create_model("repvgg_a0", weights=file, in_chans=1, num_classes=7).eval()
+    same_but(model, ours, except_for=[*FIRST, "head."])
+    with torch.inference_mode():
+        assert model(images(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_batch_counters_may_be_absent(ours):
+    state = {k: v for k, v in ours.state_dict().items() if not k.endswith("num_batches_tracked")}
+    model = create_model("repvgg_a0")
+    load_state_dict(model, state, A0)
+    same_but(model, ours, except_for=[k for k in ours.state_dict() if k not in state])
+
+
+# ----------------------------------------------------------------------- refusals
+
+
+def message(model_name, weights_of, **options):
+    """Return the refusal of one model's (meta) weights by another."""
+    with torch.device("meta"):
+        state = create_model(weights_of).state_dict()
+        model = create_model(model_name, **options)
+    with pytest.raises(UsageError) as caught:
+        load_state_dict(model, state, get_spec(model_name))
+    return str(caught.value)
+
+
+def test_weights_of_a_deeper_model_are_refused_by_a_key():
+    text = message("repvgg_a0", "repvgg_b0")
+    assert text.startswith("these weights are not of repvgg_a0: read in the litezoo layout")
+    assert "has stages.0.2.branch_1x1.bn.bias, which the model has not" in text
+    assert "stages.0.2.branch_1x1.bn.bias" in text and "unknown" in text
+    assert "lacks stages.0.2.branch_1x1.bn.bias" in message("repvgg_b0", "repvgg_a0")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 10}, {"in_chans": 1}, {"num_classes": 0}])
+def test_weights_of_a_wider_model_are_refused_by_a_key(options):
+    text = message("repvgg_a0", "repvgg_a1", **options)
+    assert "these weights are not of repvgg_a0: stem.branch_3x3.conv.weight is (64, 3, 3, 3)" in text
+
+
+def test_weights_of_the_grouped_sibling_are_refused_by_a_key():
+    text = message("repvgg_b1", "repvgg_b1g4")
+    assert "stages.0.1.branch_3x3.conv.weight is (128, 32, 3, 3), the model has (128, 128" in text
+
+
+def test_a_refusal_leaves_the_model_as_it_was(ours):
+    model = create_model("repvgg_a0", num_classes=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wrong = dict(ours.state_dict())
+    wrong["stages.3.0.branch_1x1.bn.bias"] = torch.zeros(3)
+    with pytest.raises(UsageError, match=r"stages\.3\.0\.branch_1x1\.bn\.bias is \(3,\)"):
+        load_state_dict(model, wrong, A0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_of_the_deploy_form_are_refused(ours):
+    with pytest.raises(UsageError, match="not of repvgg_a0: .*lacks .*branch.* keys missing"):
+        load_state_dict(create_model("repvgg_a0"), fuse(ours).state_dict(), A0)
+
+
+def test_weights_that_are_mixed_of_two_layouts_are_refused(ours, timms_a0):
+    wanted = ours.state_dict()
+    mixed = {k: v for k, v in wanted.items() if not k.startswith("stem")}
+    mixed |= {k: v for k, v in timms_a0.state_dict().items() if k.startswith("stem")}
+    # every stem key has a partner in timm's layout, and every other one in ours
+    assert convert_state_dict(mixed, A0, wanted).keys() == wanted.keys()
+    mixed = {k.replace("stem.conv_kxk", "stem.rbr_dense"): v for k, v in mixed.items()}
+    with pytest.raises(UsageError, match=r"lacks stem\.branch_3x3"):
+        convert_state_dict(mixed, A0, wanted)
+
+
+def test_an_empty_state_dict_is_refused():
+    with pytest.raises(UsageError, match="lacks head.fc.bias"):
+        load_state_dict(create_model("repvgg_a0"), {}, A0)
+
+
+def test_an_unknown_tag_is_refused_with_the_nearest():
+    with pytest.raises(
+        UsageError,
+        match=r"unknown weights of repvgg_a0: 'rvgg_in1'; did you mean 'rvgg_in1k'\? \(known: rvgg",
+    ):
+        create_model("repvgg_a0", weights="rvgg_in1")
+
+
+def test_a_variant_without_public_weights_says_so():
+    with pytest.raises(UsageError, match="repvgg_b1g2 has no public weights to fetch; give the pa"):
+        create_model("repvgg_b1g2", weights="rvgg_in1k")
+
+
+def test_a_path_is_never_taken_for_a_tag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no checkpoint weights; give the path"):
+        create_model("repvgg_a0", weights=Path("weights"))
+
+
+# ----------------------------------------------------------------------- the hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Speaks as much of the hub's protocol as a download needs."""
+
+    daemon_threads = True
+
+    def __init__(self, files, truncate=False):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files, self.truncate, self.requests = files, truncate, []
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        self.server.requests.append((self.command, self.path))
+        file = self.server.files.get(self.path)
+        if file is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = file.read_bytes()
+        etag = hashlib.sha256(content).hexdigest()
+        if with_body and self.server.truncate:
+            content = content[: len(content) // 2]
+        self.send_response(200)
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache, a clean network environment."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    close_session()
+    yield tmp_path / "hub"
+    close_session()
+
+
+def connect(monkeypatch, endpoint):
+    """Point the client at `endpoint`; it has read HF_ENDPOINT already, at import."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+URL = "/timm/repvgg_a0.rvgg_in1k/resolve/main/model.safetensors"
+
+
+@pytest.fixture
+def hub(file, cache, monkeypatch):
+    server = Hub({URL: file})
+    connect(monkeypatch, server.endpoint)
+    yield server
+    server.stop()
+
+
+def cached_files(cache):
+    return [p for p in cache.rglob("*") if p.is_file() and p.suffix in ("", ".safetensors")]
+
+
+def test_weights_are_fetched_once_and_then_taken_from_the_cache(hub, cache, timms_a0):
+    x = images(2, 3, 64, 64)
+    model = create_model("repvgg_a0", weights="rvgg_in1k").eval()
+    with torch.inference_mode():
+        assert relative_error(model(x), timms_a0(x)) <= 1e-5
+    assert ("GET", URL) in hub.requests and {path for _, path in hub.requests} == {URL}
+    hub.stop()
+    before = len(hub.requests)
+    again = create_model("repvgg_a0", weights="rvgg_in1k", num_classes=10)
+    same_but(again, model, except_for=["head."])
+    assert len(hub.requests) == before
+    assert fetch_weights(A0.weights[0], model="repvgg_a0").is_relative_to(cache)
+
+
+def check_refusal(error, endpoint):
+    text = str(error)
+    assert text.startswith(f"cannot fetch timm/repvgg_a0.rvgg_in1k from {endpoint} (")
+    for suggestion in ("`--weights FILE`", "`litezoo train repvgg_a0`", "`--weights random`"):
+        assert suggestion in text
+    assert "\n" not in text and error.exit_status == 4
+
+
+def test_without_a_hub_or_a_cache_three_things_to_type_are_named(cache, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    connect(monkeypatch, endpoint)
+    with pytest.raises(MissingError) as caught:
+        create_model("repvgg_a0", weights="rvgg_in1k")
+    check_refusal(caught.value, endpoint)
+    assert not cache.exists() or not cached_files(cache)
+
+
+def test_a_file_the_hub_does_not_have_is_missing(hub, cache):
+    hub.files.clear()
+    with pytest.raises(MissingError, match="EntryNotFound") as caught:
+        create_model("repvgg_a0", weights="rvgg_in1k")
+    check_refusal(caught.value, hub.endpoint)
+
+
+def test_a_truncated_download_leaves_nothing_behind(hub, cache):
+    hub.truncate = True
+    with pytest.raises(MissingError, match="should be of size") as caught:
+        create_model("repvgg_a0", weights="rvgg_in1k")
+    check_refusal(caught.value, hub.endpoint)
+    blobs = [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+    assert blobs == []
+    hub.truncate = False
+    create_model("repvgg_a0", weights="rvgg_in1k")
+
+
+def test_a_download_of_another_content_fails_the_check(hub, file):
+    published = dataclasses.replace(A0.weights[0], sha256=file_sha256(file))
+    assert file_sha256(fetch_weights(published, model="repvgg_a0")) == published.sha256
+    tampered = dataclasses.replace(published, sha256="0" * 64)
+    with pytest.raises(CheckFailed, match="is not the published file .sha256 differs.; delete it"):
+        fetch_weights(tampered, model="repvgg_a0")
+
+
+def test_weights_of_the_wrong_model_under_the_right_name_are_refused(hub, tmp_path):
+    wrong = create_model("repvgg_a0", num_classes=5)
+    del wrong.stages[2][5]
+    hub.files[URL] = tmp_path / "wrong.safetensors"
+    save_file(wrong.state_dict(), hub.files[URL])
+    with pytest.raises(UsageError, match="these weights are not of repvgg_a0"):
+        create_model("repvgg_a0", weights="rvgg_in1k")
