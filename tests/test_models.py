@@ -223,7 +223,9 @@ def test_classes_without_pooling_are_refused(name):
         "avgmax",
         pytest.param(
             "catavgmax",
-            marks=pytest.mark.xfail(strict=True, reason="head_hidden_size is half the pooled width"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="head_hidden_size is half the pooled width"
+            ),
         ),
     ],
 )
@@ -260,7 +262,9 @@ def test_it_takes_as_many_channels_as_asked_for(name, channels):
     assert model.in_chans == channels
     for layer in get_spec(name).first_convs:
         assert model.get_submodule(layer).in_channels == channels
-    assert shape(model.stem, 2, channels, 32, 32)[:2] == shape(train_form(name).stem, 2, 3, 32, 32)[:2]
+    assert (
+        shape(model.stem, 2, channels, 32, 32)[:2] == shape(train_form(name).stem, 2, 3, 32, 32)[:2]
+    )
 
 
 @every_member

@@ -1,0 +1,291 @@
+"""Device files: each loads, and each mistake is refused with the file, the key and what is allowed."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from litezoo.models.errors import UsageError
+from litezoo.recipes.devices import Batch, Device, get_device, list_devices, load_device
+
+HERE = Path(__file__).parent.parent / "recipes" / "devices"
+PHYSICS = (
+    "compute_capability",
+    "peak_tera_ops_per_s",
+    "memory_gb_per_s",
+    "memory_gib",
+    "l2_cache_mib",
+    "power_w",
+)
+
+
+def minimal(**changes):
+    """Return the keys a device needs, as a file has them; a change to None takes one out."""
+    values = {
+        "title": "A board",
+        "kind": "gpu",
+        "runtimes": ["tensorrt"],
+        "precisions": ["fp16", "fp32"],
+        **changes,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a device file and return its path."""
+
+    def write(content, name="board"):
+        file = tmp_path / f"{name}.yaml"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            text = content if isinstance(content, str) else yaml.safe_dump(content)
+            file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def refusal(file):
+    with pytest.raises(UsageError) as caught:
+        load_device(file)
+    text = str(caught.value)
+    assert text.startswith(str(file)) and "\n" not in text and caught.value.exit_status == 2
+    return text.removeprefix(str(file))
+
+
+# ----------------------------------------------------------------------- our files
+
+
+@pytest.mark.parametrize("file", sorted(HERE.glob("*")), ids=lambda file: file.name)
+def test_every_device_file_loads(file):
+    assert file.suffix == ".yaml"
+    device = load_device(file)
+    assert device == get_device(file.stem) and device.name == file.stem
+    assert device.title and device.batch.min <= device.batch.opt <= device.batch.max
+    assert device.check_precision("auto") == device.precisions[0]
+    assert all(device.check_precision(precision) == precision for precision in device.precisions)
+    assert all(source.strip() for source in device.sources.values())
+
+
+@pytest.mark.parametrize("name", list_devices())
+def test_a_device_cannot_be_changed(name):
+    device = get_device(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        device.title = "other"
+    for mapping in (device.sources, device.toolchain, device.peak_tera_ops_per_s):
+        if mapping:
+            with pytest.raises(TypeError):
+                mapping["new"] = "fact"
+
+
+@pytest.mark.parametrize("name", list_devices())
+def test_every_physical_fact_is_positive_and_has_a_source(name):
+    device = get_device(name)
+    for key in PHYSICS:
+        if value := getattr(device, key):
+            assert device.sources[key]
+            numbers = value.values() if key == "peak_tera_ops_per_s" else [value]
+            assert all(float(number) > 0 for number in numbers)
+    assert set(device.sources) <= {f.name for f in dataclasses.fields(Device)}
+
+
+def test_every_runtime_of_a_device_is_known():
+    runtime = pytest.importorskip("litezoo.export.runtime")
+    for name in list_devices():
+        assert set(get_device(name).runtimes) <= set(runtime.list_runtimes()), name
+
+
+# ----------------------------------------------------------------------- what is allowed
+
+
+def test_the_smallest_file_takes_its_name_from_the_file(write):
+    device = load_device(write(minimal(), name="jetson"))
+    assert device.name == "jetson" and device.batch == Batch() and device.power_w is None
+    assert device.runtimes == ("tensorrt",) and device.precisions == ("fp16", "fp32")
+
+
+def test_whole_numbers_are_numbers(write):
+    values = minimal(memory_gb_per_s=320, sources={"memory_gb_per_s": "data sheet"})
+    device = load_device(write(values))
+    assert device.memory_gb_per_s == 320.0 and isinstance(device.memory_gb_per_s, float)
+
+
+def test_every_key_of_a_device_can_be_given(write):
+    values = minimal(
+        batch={"min": 1, "opt": 2, "max": 4},
+        compute_capability="8.7",
+        peak_tera_ops_per_s={"fp16": 10, "int8": 20.5},
+        memory_gb_per_s=102.4,
+        memory_gib=8,
+        l2_cache_mib=2,
+        power_w=15,
+        workspace_mib=512,
+        toolchain={"tensorrt": ">=10.3"},
+        notes="none",
+        sources=dict.fromkeys(PHYSICS, "data sheet"),
+    )
+    device = load_device(write(values))
+    assert {f.name for f in dataclasses.fields(Device)} == {"name", *values}
+    assert device.batch == Batch(min=1, opt=2, max=4)
+    assert dict(device.peak_tera_ops_per_s) == {"fp16": 10.0, "int8": 20.5}
+
+
+# ----------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # a wrong key
+        ({"memory_gbps": 3}, "unknown key 'memory_gbps'; did you mean 'memory_gb_per_s'? (known: "),
+        ({"runtime": []}, "unknown key 'runtime'; did you mean 'runtimes'?"),
+        ({"batch": {"mni": 1}}, "unknown key 'mni'; did you mean 'min'? (known: max, min, opt)"),
+        ({7: 1}, "unknown key '7'"),
+        # a missing key
+        ({"title": None}, "title is missing; required are kind, "),
+        ({"precisions": None}, "precisions is missing"),
+        # a wrong type
+        ({"title": 4}, "title takes str, not 4"),
+        ({"runtimes": "tensorrt"}, "runtimes takes a list, not 'tensorrt'"),
+        ({"runtimes": [1]}, "runtimes takes str, not 1"),
+        ({"compute_capability": 7.5}, "compute_capability takes str, not 7.5"),
+        ({"sources": ["a"]}, "sources takes a mapping, not ['a']"),
+        ({"toolchain": {"tensorrt": 10.12}}, "toolchain.tensorrt takes str, not 10.12"),
+        ({"workspace_mib": 1.5}, "workspace_mib takes int without a unit"),
+        ({"workspace_mib": True}, "workspace_mib takes int"),
+        ({"memory_gib": True}, "memory_gib takes float"),
+        ({"batch": {"max": "8"}}, "max takes int, not '8'"),
+        # a unit in the value
+        (
+            {"memory_gb_per_s": "320 GB/s"},
+            "memory_gb_per_s takes float without a unit (the unit is in the key), not '320 GB/s'",
+        ),
+        ({"power_w": "70W"}, "power_w takes float without a unit"),
+        ({"memory_gib": "16 GiB"}, "memory_gib takes float without a unit"),
+        (
+            {"peak_tera_ops_per_s": {"fp32": "8.1 TFLOPS"}},
+            "peak_tera_ops_per_s.fp32 takes float without a unit",
+        ),
+        # a value that is not allowed
+        ({"precisions": ["fp8"]}, "precisions has 'fp8', allowed are fp32, tf32, bf16, fp16, int8"),
+        ({"kind": "tpu"}, "kind has 'tpu', allowed are cpu, gpu, npu"),
+        (
+            {"peak_tera_ops_per_s": {"fp8": 1.0}, "sources": {"peak_tera_ops_per_s": "x"}},
+            "peak_tera_ops_per_s has 'fp8', allowed are",
+        ),
+        ({"precisions": []}, "runtimes and precisions need at least one entry"),
+        ({"runtimes": []}, "runtimes and precisions need at least one entry"),
+        ({"batch": {"min": 4, "opt": 2}}, "batch needs 1 <= min <= opt <= max"),
+        ({"batch": {"min": 0}}, "batch needs 1 <= min"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_key_and_what_is_allowed(write, changes, said):
+    assert said in refusal(write(minimal(**changes)))
+
+
+@pytest.mark.parametrize("key", PHYSICS)
+def test_a_physical_fact_without_a_source_is_refused(write, key):
+    value = {"compute_capability": "7.5", "peak_tera_ops_per_s": {"fp32": 8.1}}.get(key, 70)
+    said = refusal(write(minimal(**{key: value})))
+    assert f"{key} is given without a source; add sources: {key}: ..." in said
+    other = {"notes": "a source of something else"}
+    assert "without a source" in refusal(write(minimal(**{key: value}, sources=other)))
+    assert load_device(write(minimal(**{key: value}, sources={key: "data sheet"})))
+
+
+@pytest.mark.parametrize("text", ["title: [", "a: b: c", "\ttitle: x", "title: 'open", "%YAML 9"])
+def test_what_is_not_yaml_is_refused(write, text):
+    assert "is not YAML" in refusal(write(text))
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "- a\n- b\n", "word", "42", "null"])
+def test_a_file_without_keys_is_refused_with_an_example(write, text):
+    assert "holds no keys; see recipes/devices/t4.yaml for the form" in refusal(write(text))
+
+
+def test_yaml_that_would_execute_code_is_refused(write, tmp_path):
+    proof = tmp_path / "executed"
+    assert "is not YAML" in refusal(write(f"title: !!python/object/apply:os.mkdir ['{proof}']"))
+    assert not proof.exists()
+
+
+@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError is not caught")
+def test_a_binary_file_is_refused(write):
+    refusal(write(b"\xff\xfe\x00title"))
+
+
+@pytest.mark.xfail(strict=True, reason="name in the file silently replaces the file's name")
+def test_a_name_other_than_the_file_is_refused(write):
+    assert "name" in refusal(write(minimal(name="other")))
+
+
+@pytest.mark.xfail(strict=True, reason="zero, negative, infinite and NaN physics are accepted")
+@pytest.mark.parametrize("value", [0, -320, float("nan"), float("inf")])
+def test_physics_that_cannot_be_is_refused(write, value):
+    sources = {"memory_gb_per_s": "data sheet"}
+    assert "memory_gb_per_s" in refusal(write(minimal(memory_gb_per_s=value, sources=sources)))
+
+
+@pytest.mark.xfail(strict=True, reason="the first of two equal keys is silently dropped")
+def test_a_key_given_twice_is_refused(write):
+    text = yaml.safe_dump(minimal(workspace_mib=1)) + "workspace_mib: 2\n"
+    assert "workspace_mib" in refusal(write(text))
+
+
+def test_an_absent_precision_is_refused_with_those_it_has():
+    with pytest.raises(UsageError, match="t4 has no bf16; it has fp16"):
+        get_device("t4").check_precision("bf16")
+
+
+# ----------------------------------------------------------------------- a folder of one's own
+
+
+def test_an_own_folder_adds_devices(write, tmp_path, monkeypatch):
+    ours = list_devices()
+    write(minimal(title="Mine"), name="my_board")
+    monkeypatch.setenv("LITEZOO_DEVICES", str(tmp_path))
+    assert list_devices() == ["my_board", *ours]
+    assert get_device("my_board").title == "Mine"
+    with pytest.raises(UsageError, match="unknown device 'my_bord'; did you mean 'my_board'"):
+        get_device("my_bord")
+
+
+def test_an_own_folder_overrides_devices(write, tmp_path, monkeypatch):
+    write(minimal(title="My T4"), name="t4")
+    monkeypatch.setenv("LITEZOO_DEVICES", str(tmp_path))
+    assert get_device("t4").title == "My T4" and list_devices().count("t4") == 1
+    monkeypatch.delenv("LITEZOO_DEVICES")
+    assert get_device("t4").title != "My T4"
+
+
+def test_the_first_of_several_folders_wins(tmp_path, monkeypatch):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        content = yaml.safe_dump(minimal(title=folder))
+        (tmp_path / folder / "board.yaml").write_text(content, encoding="utf-8")
+    both = os.pathsep.join(str(tmp_path / folder) for folder in ("first", "second"))
+    monkeypatch.setenv("LITEZOO_DEVICES", both)
+    assert get_device("board").title == "first"
+
+
+def test_a_mistake_in_an_own_file_is_refused_by_its_path(write, tmp_path, monkeypatch):
+    file = write(minimal(kind="toaster"))
+    monkeypatch.setenv("LITEZOO_DEVICES", str(tmp_path))
+    with pytest.raises(UsageError, match=f"{file}: kind has 'toaster', allowed are cpu, gpu, npu"):
+        get_device("board")
+
+
+def test_an_unknown_device_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match=r"unknown device 't44'; did you mean 't4'\? \(known: cpu"):
+        get_device("t44")
+
+
+@pytest.mark.xfail(strict=True, reason="a LITEZOO_DEVICES that does not exist is silently skipped")
+def test_a_folder_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITEZOO_DEVICES", str(tmp_path / "typo"))
+    with pytest.raises(UsageError, match="typo"):
+        get_device("t4")
