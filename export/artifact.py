@@ -70,7 +70,8 @@ class Artifact:
     """What manifest.json says.
 
     `weights` is a tag, a checkpoint's path or "random" (speed only); `checks` are the parity of the
-    stages before the engines; `not_built` says for each absent runtime why.
+    stages before the engines; `onnx` maps each precision to its file, `onnx_accuracy` those to
+    their top-1 that no engine here loads; `not_built` says for each absent runtime why.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Artifact:
     files: Mapping[str, str]
     versions: Mapping[str, str]
     created: str
+    onnx_accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -98,6 +100,12 @@ class Artifact:
             raise CheckFailed(f"{self.model} has no parity numbers; it is not an artifact")
         if not self.engines and not self.kit:
             raise MissingError(f"nothing to run was built: {'; '.join(self.not_built.values())}")
+
+    @property
+    def bare_onnx(self) -> Mapping[str, str]:
+        """The ONNX files, by precision, that no ONNX Runtime engine of this artifact loads."""
+        covered = {e.precision for e in self.engines if e.runtime == "onnxruntime"}
+        return {name: file for name, file in self.onnx.items() if name not in covered}
 
     def to_json(self) -> str:
         """Return manifest.json's text."""
@@ -120,6 +128,9 @@ class Artifact:
                     "classes": tuple(values["classes"]),
                     "checks": tuple(_parity(check) for check in values["checks"]),
                     "engines": tuple(_engine(engine) for engine in values["engines"]),
+                    "onnx_accuracy": {
+                        name: Accuracy(**entry) for name, entry in values["onnx_accuracy"].items()
+                    },
                     "kit": tuple(values["kit"]),
                     "notes": tuple(values["notes"]),
                 }
@@ -247,10 +258,9 @@ def verify(folder: Path) -> Verified:
             check_batches(engine.label, session.run, images, expected, tolerance=tolerance)
         )
     reference = get_runtime("onnxruntime")
-    covered = {e.precision for e in artifact.engines if e.runtime == "onnxruntime"}
     for check in artifact.checks:
         precision = check.stage.removeprefix("onnx ")
-        if precision not in artifact.onnx or precision in covered:
+        if precision not in artifact.bare_onnx:
             continue
         if (reason := reference.missing(device)) is not None:
             skipped[check.stage] = reason

@@ -255,7 +255,7 @@ def export(
             versions=_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        if source.data is not None and note is None and engines:
+        if source.data is not None and note is None:
             progress("measuring accuracy")
             artifact = _with_accuracy(artifact, folder, deploy, accuracy_images)
         write_whole(folder / MANIFEST, artifact.to_json())
@@ -346,29 +346,36 @@ def _build_engines(
 
 
 def _with_accuracy(artifact: Artifact, folder: Path, deploy: nn.Module, most: int) -> Artifact:
-    """Return the artifact with top-1 of every engine, and of PyTorch, on the test split."""
-    assert artifact.data is not None
+    """Return the artifact with top-1 of all it holds, and of PyTorch, on the test split."""
+    data = artifact.data
+    assert data is not None
     sessions = [load_session(folder, artifact, engine) for engine in artifact.engines]
+    device, reference = get_device("cpu"), get_runtime("onnxruntime")
+    bare = artifact.bare_onnx
+    sessions += [reference.load([folder / file], device=device) for file in bare.values()]
     hits, reference_hits, total = [0] * len(sessions), 0, 0
-    for images, labels in test_loader(artifact.data, artifact.preprocess, most=most):
+    for images, labels in test_loader(data, artifact.preprocess, most=most):
         batch, wanted = images.numpy(), labels.numpy()
         reference_hits += int((_logits(deploy, batch).argmax(1) == wanted).sum())
         for index, session in enumerate(sessions):
             hits[index] += int((session.run(batch).argmax(1) == wanted).sum())
         total += len(wanted)
-    engines = tuple(
-        dataclasses.replace(
-            engine,
-            accuracy=Accuracy(
-                data=artifact.data,
-                images=total,
-                top1_percent=round(100 * correct / total, 3),
-                pytorch_top1_percent=round(100 * reference_hits / total, 3),
-            ),
+    accuracies = [
+        Accuracy(
+            data=data,
+            images=total,
+            top1_percent=round(100 * correct / total, 3),
+            pytorch_top1_percent=round(100 * reference_hits / total, 3),
         )
-        for engine, correct in zip(artifact.engines, hits, strict=True)
+        for correct in hits
+    ]
+    count = len(artifact.engines)
+    engines = tuple(
+        dataclasses.replace(engine, accuracy=accuracy)
+        for engine, accuracy in zip(artifact.engines, accuracies[:count], strict=True)
     )
-    return dataclasses.replace(artifact, engines=engines)
+    onnx_accuracy = dict(zip(bare, accuracies[count:], strict=True))
+    return dataclasses.replace(artifact, engines=engines, onnx_accuracy=onnx_accuracy)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

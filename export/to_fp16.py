@@ -90,7 +90,7 @@ def activation_maxima(proto: ModelProto, images: Array) -> dict[str, float]:
     """Return max |activation| of every float tensor in the graph, by name, on `images`."""
     require("onnx", purpose="export", extra="export")
     runtime = require("onnxruntime", purpose="measuring activations", extra="export")
-    from onnx import TensorProto, helper
+    from onnx import ValueInfoProto
 
     model = type(proto)()
     model.CopyFrom(proto)
@@ -98,9 +98,7 @@ def activation_maxima(proto: ModelProto, images: Array) -> dict[str, float]:
     for node in model.graph.node:
         for name in node.output:
             if name and name not in shown:
-                model.graph.output.append(
-                    helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None)
-                )
+                model.graph.output.append(ValueInfoProto(name=name))  # the type is inferred
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )

@@ -62,7 +62,7 @@ def convolutions(draw, bias=None, sizes=(1, 2, 3, 5)):
 
 @st.composite
 def batch_norms(draw, channels):
-    """Draw a float64 BatchNorm in eval mode: gammas of both signs and zero, variances 1e-12..1e6."""
+    """Draw a float64 BatchNorm in eval mode: gammas of any sign, variances 1e-12 to 1e6."""
     bn = nn.BatchNorm2d(
         channels,
         affine=draw(st.integers(0, 4)) > 0,
@@ -282,7 +282,7 @@ def tiny(**options):
 
 
 class Detector(nn.Module):
-    """A foreign model: blocks in a backbone, a ModuleDict and a ModuleList, and layers of its own."""
+    """A foreign model: blocks in a backbone and in containers, and layers of its own."""
 
     def __init__(self):
         super().__init__()
@@ -479,7 +479,7 @@ def test_a_model_without_blocks_is_refused_by_its_name():
 def test_batchnorm_without_running_statistics_is_refused():
     block = RepVGGBlock(4, 4)
     block.branch_1x1.bn = nn.BatchNorm2d(4, track_running_stats=False)
-    with pytest.raises(UsageError, match="without running statistics.*track_running_stats=True"):
+    with pytest.raises(UsageError, match=r"without running statistics.*track_running_stats=True"):
         fuse(block)
 
 

@@ -210,7 +210,7 @@ def test_without_classes_and_pooling_the_output_is_the_last_map(name):
 
 @every_member
 def test_classes_without_pooling_are_refused(name):
-    with pytest.raises(UsageError, match="global_pool='' keeps the feature map.*num_classes=0"):
+    with pytest.raises(UsageError, match=r"global_pool='' keeps the feature map.*num_classes=0"):
         create_on_meta(name, num_classes=10, global_pool="")
     with pytest.raises(UsageError, match="num_classes=0"):
         create_on_meta(name).reset_classifier(10, "")

@@ -105,7 +105,7 @@ def test_weights_of_timm_give_its_logits_and_feature_maps(name):
     ours = poison(on_meta(create_model, name))
     assert load_state_dict(ours, state_dict, get_spec(name)) == ()
     del state_dict
-    assert all(v.isfinite().all() and (v != -1).any() for v in ours.state_dict().values())
+    assert all(v.sum().isfinite() and v.max() >= 0 for v in ours.state_dict().values())
     actual = maps_and_logits(ours, x)
     assert len(actual) == len(expected) == 6
     for mine, timms in zip(actual, expected, strict=True):

@@ -259,7 +259,7 @@ import torch
 with torch.device("meta"):
     fuse(create_model("repvgg_a0"))
 """
-    optional = OPTIONAL - {"packaging", "psutil", "onnx"}  # torch and timm bring these along
+    optional = OPTIONAL - {"cuda", "packaging", "psutil"}  # torch imports these if they are there
     assert imported_by(code) & optional == set()
 
 

@@ -19,13 +19,13 @@ from timm.models import adapt_input_conv
 from litezoo.models.catalogue import Preprocess, get_spec
 from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
+from litezoo.models.files import file_sha256
 from litezoo.models.fuse import fuse
 from litezoo.models.weights import (
     INFO_KEY,
     CheckpointInfo,
     convert_state_dict,
     fetch_weights,
-    file_sha256,
     load_state_dict,
     read_checkpoint,
 )
@@ -141,6 +141,13 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(UsageError, match=r"other\.pth holds no state dict"):
         read_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.xfail(strict=True, reason="AttributeError: keys are not checked to be text")
+def test_a_state_dict_with_numbers_for_keys_is_refused(tmp_path):
+    torch.save({1: torch.zeros(3)}, tmp_path / "numbered.pth")
+    with pytest.raises(UsageError, match=r"numbered\.pth holds no state dict"):
+        create_model("repvgg_a0", weights=tmp_path / "numbered.pth")
 
 
 # ----------------------------------------------------------------------- a checkpoint of ours
@@ -327,7 +334,7 @@ def test_a_refusal_leaves_the_model_as_it_was(ours):
 
 
 def test_weights_of_the_deploy_form_are_refused(ours):
-    with pytest.raises(UsageError, match="not of repvgg_a0: .*lacks .*branch.* keys missing"):
+    with pytest.raises(UsageError, match=r"not of repvgg_a0: .*lacks .*branch.* keys missing"):
         load_state_dict(create_model("repvgg_a0"), fuse(ours).state_dict(), A0)
 
 
@@ -360,7 +367,7 @@ def test_an_unknown_batch_counter_is_refused_or_dropped(ours):
 
 
 def test_an_empty_state_dict_is_refused():
-    with pytest.raises(UsageError, match="lacks head.fc.bias"):
+    with pytest.raises(UsageError, match=r"lacks head\.fc\.bias"):
         load_state_dict(create_model("repvgg_a0"), {}, A0)
 
 
@@ -532,7 +539,7 @@ def test_a_download_of_another_content_fails_the_check(hub, file):
     published = dataclasses.replace(A0.weights[0], sha256=file_sha256(file))
     assert file_sha256(fetch_weights(published, model="repvgg_a0")) == published.sha256
     tampered = dataclasses.replace(published, sha256="0" * 64)
-    with pytest.raises(CheckFailed, match="is not the published file .sha256 differs.; delete it"):
+    with pytest.raises(CheckFailed, match=r"is not the published file \(sha256 differs\); delete"):
         fetch_weights(tampered, model="repvgg_a0")
 
 

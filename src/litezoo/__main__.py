@@ -13,11 +13,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from litezoo.export.artifact import Accuracy
+    from litezoo.export.parity import Parity
 
 __all__ = ["main"]
 
@@ -180,6 +184,18 @@ def _export_parser(parser: ArgumentParser) -> None:
                         help="most test images to compare top-1 on")  # fmt: skip
 
 
+def _evidence(stage: str, parity: Parity, accuracy: Accuracy | None) -> tuple[str, ...]:
+    """Return one line of export's table."""
+    top1 = "-"
+    if accuracy is not None:
+        top1 = (
+            f"{accuracy.top1_percent:.2f} (PyTorch {accuracy.pytorch_top1_percent:.2f}, "
+            f"{accuracy.images} images)"
+        )
+    sizes = ", ".join(map(str, parity.batches))
+    return stage, parity.reference, sizes, f"{parity.max_relative_error:.1e}", top1
+
+
 def _export(args: Namespace) -> None:
     from litezoo.export.artifact import default_folder
     from litezoo.export.exporter import choose_source, export
@@ -202,17 +218,10 @@ def _export(args: Namespace) -> None:
 
     def text() -> None:
         rows = [
-            (check.stage, check.reference, ", ".join(map(str, check.batches)),
-             f"{check.max_relative_error:.1e}", "-")
+            _evidence(check.stage, check, artifact.onnx_accuracy.get(check.stage[5:]))
             for check in artifact.checks
-        ]  # fmt: skip
-        rows += [
-            (e.label, e.parity.reference, ", ".join(map(str, e.parity.batches)),
-             f"{e.parity.max_relative_error:.1e}",
-             "-" if e.accuracy is None else f"{e.accuracy.top1_percent:.2f} (PyTorch "
-             f"{e.accuracy.pytorch_top1_percent:.2f}, {e.accuracy.images} images)")
-            for e in artifact.engines
-        ]  # fmt: skip
+        ]
+        rows += [_evidence(e.label, e.parity, e.accuracy) for e in artifact.engines]
         _table(
             f"{model} ({weights}) for {args.device}, deploy form",
             ("stage", "compared with", "batch", "relative error", "top-1 %"),
