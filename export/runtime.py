@@ -79,10 +79,10 @@ def list_runtimes() -> list[str]:
 def get_runtime(name: str) -> Runtime:
     """Look up a runtime by name; its package is not imported yet.
 
-    >>> get_runtime("tensort")
+    >>> get_runtime("tensort")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    litezoo.models.errors.UsageError: unknown runtime 'tensort'; did you mean 'tensorrt'? (known: onnxruntime, openvino, tensorrt)
-    """  # noqa: E501
+    litezoo.models.errors.UsageError: unknown runtime 'tensort'; did you mean 'tensorrt'? ...
+    """
     if name in _modules():
         runtime: Runtime = importlib.import_module(_modules()[name]).RUNTIME
         return runtime

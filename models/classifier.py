@@ -11,7 +11,7 @@ from timm.layers.classifier import ClassifierHead
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import UsageError, unknown_name
 
 __all__ = ["ImageClassifier"]
 
@@ -40,7 +40,6 @@ class ImageClassifier(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = num_features
-        self.head_hidden_size = num_features
         self.feature_info = feature_info
         self.grad_checkpointing = False
         self.stem = stem
@@ -48,6 +47,12 @@ class ImageClassifier(nn.Module):
         self.head = ClassifierHead(
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
         )
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled features that the classifier reads."""
+        width: int = self.head.num_features
+        return width
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map (N, num_features, H', W')."""
@@ -92,7 +97,12 @@ class ImageClassifier(nn.Module):
         return {"stem": r"^stem", "blocks": [(depth, None)]}
 
 
+_POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax")
+
+
 def _check_head(num_classes: int, global_pool: str) -> None:
+    if global_pool not in _POOLS:
+        raise unknown_name("global_pool", global_pool, _POOLS)
     if global_pool == "" and num_classes:
         raise UsageError(
             f"global_pool='' keeps the feature map, which {num_classes} classes cannot be read "

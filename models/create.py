@@ -60,20 +60,22 @@ def create_model(
     `weights` is a tag of the catalogue (fetched from the hub), a checkpoint file, or None for
     random initialisation; classes and channels default to the weights' own, else 1000 and 3.
     With `features_only` the result is timm's feature extractor, (N, C, H, W) -> a list of maps,
-    one for each of `out_indices` (default: all); it can be fused like the classifier.
+    one for each of `out_indices` (ascending; default: all); it can be fused like the classifier.
     """
     spec = get_spec(name)
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"num_classes is {num_classes}; give 0 (no classifier) or more")
     if in_chans is not None and in_chans < 1:
         raise UsageError(f"in_chans is {in_chans}; give 1 or more")
+    if out_indices is not None and not features_only:
+        raise UsageError("out_indices chooses feature maps; it needs features_only=True")
     state_dict = None
     default_classes, default_chans = 1000, 3
     if weights is not None:
-        if Path(weights).suffix or os.sep in str(weights):
+        if not isinstance(weights, str) or Path(weights).suffix or os.sep in weights:
             file = Path(weights)
         else:
-            entry = spec.get_weights(str(weights))
+            entry = spec.get_weights(weights)
             file, default_classes = fetch_weights(entry, model=name), entry.num_classes
         checkpoint = read_checkpoint(file)
         state_dict = checkpoint.state_dict
@@ -93,7 +95,11 @@ def create_model(
     if not features_only:
         return model
     maps = len(model.feature_info)
-    indices = tuple(range(maps)) if out_indices is None else tuple(out_indices)
-    if not indices or any(not -maps <= i < maps for i in indices):
-        raise UsageError(f"{name} has feature maps 0 to {maps - 1}; out_indices is {indices}")
+    asked = tuple(range(maps)) if out_indices is None else tuple(out_indices)
+    indices = tuple(index % maps for index in asked if -maps <= index < maps)
+    if not asked or len(indices) < len(asked) or list(indices) != sorted(set(indices)):
+        raise UsageError(
+            f"{name} has feature maps 0 to {maps - 1}; out_indices is {asked}, give each once and "
+            "in ascending order"
+        )
     return FeatureListNet(model, out_indices=indices, flatten_sequential=True)

@@ -206,7 +206,8 @@ def _fuse_block(block: FusableBlock, name: str) -> tuple[DeployBlock, FusedBlock
     weight = next(deploy.parameters())
     if weight.is_meta:
         return deploy, FusedBlock(name=name, max_relative_error=None)
-    error = _relative_error(block, deploy)
+    finite = all(bool(parameter.isfinite().all()) for parameter in deploy.parameters())
+    error = _relative_error(block, deploy) if finite else float("nan")
     tolerance = TOLERANCE[weight.dtype]
     if not error <= tolerance:
         raise CheckFailed(

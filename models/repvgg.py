@@ -115,7 +115,9 @@ class RepVGGBlock(FusableBlock):
         self.branch_1x1 = ConvBN(in_channels, out_channels, 1, stride=stride, groups=groups)
         keeps_shape = in_channels == out_channels and stride == 1
         self.branch_identity = nn.BatchNorm2d(in_channels) if keeps_shape else None
-        self.se = SqueezeExcite(out_channels, out_channels // 16) if squeeze_excite else None
+        self.se = (
+            SqueezeExcite(out_channels, max(1, out_channels // 16)) if squeeze_excite else None
+        )
         self.act = nn.ReLU(inplace=True)
 
     @property

@@ -114,10 +114,12 @@ def read_checkpoint(file: Path) -> Checkpoint:
     for key in ("state_dict", "model"):  # Lightning's and the official repositories' wrapping
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if record is not None:
+    if record is not None and isinstance(content, dict):
         prefix = record.state_prefix
         content = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         raise UsageError(f"{file} holds no state dict (names to tensors)")
     return Checkpoint(state_dict=content, info=record, sha256=file_sha256(file))
 
@@ -179,7 +181,12 @@ def convert_state_dict(
             name = key.removeprefix("module.")
             for pattern, replacement in rules:
                 name = re.sub(pattern, replacement, name)
-            renamed[name] = value
+            if name in renamed:
+                raise UsageError(
+                    f"these weights name {name} twice, the second time as {key}; keep one layout"
+                )
+            if name in wanted or not _counters(name):
+                renamed[name] = value
         given = {key for key in renamed if not _counters(key)}
         if given == needed:
             return renamed
@@ -215,9 +222,16 @@ def load_state_dict(
     )
     for name in spec.first_convs:
         key = f"{name}.weight"
-        if converted[key].shape[1] != wanted[key].shape[1]:
-            converted[key] = adapt_input_conv(wanted[key].shape[1], converted[key])
-            adapted.append(f"{name}: {wanted[key].shape[1]} input channels")
+        given, needed = converted[key].shape[1], wanted[key].shape[1]
+        if given == needed:
+            continue
+        if given != 3:
+            raise UsageError(
+                f"these weights take {given} input channels, the model {needed}; only weights for "
+                f"3 channels can be adapted: create the model with in_chans={given}"
+            )
+        converted[key] = adapt_input_conv(needed, converted[key])
+        adapted.append(f"{name}: {needed} input channels")
     for key in [k for k in converted if k.startswith("head.fc.")]:
         if key not in wanted or converted[key].shape != wanted[key].shape:
             converted.pop(key)

@@ -8,6 +8,7 @@ unknown fact is left out, never invented.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import yaml
 
@@ -89,8 +91,14 @@ class Device:
         if not self.precisions or not self.runtimes:
             raise UsageError("runtimes and precisions need at least one entry each")
         for key in _PHYSICS:
-            if getattr(self, key) and key not in self.sources:
+            value = getattr(self, key)
+            if value in (None, {}):
+                continue
+            if key not in self.sources:
                 raise UsageError(f"{key} is given without a source; add sources: {key}: ...")
+            numbers = value.values() if isinstance(value, Mapping) else (value,)
+            if any(isinstance(n, float) and not 0 < n < math.inf for n in numbers):
+                raise UsageError(f"{key} is {value}; a physical fact is a number above 0")
 
     def select_precisions(self, precision: str) -> tuple[str, ...]:
         """Return the precisions to export for a request, "auto" being all the device has.
@@ -107,8 +115,22 @@ class Device:
 
 
 def _folders() -> list[Path]:
-    extra = os.environ.get("LITEZOO_DEVICES", "")
-    return [*(Path(p) for p in extra.split(os.pathsep) if p), _HERE]
+    extra = [Path(p) for p in os.environ.get("LITEZOO_DEVICES", "").split(os.pathsep) if p]
+    for folder in extra:
+        if not folder.is_dir():
+            raise UsageError(f"LITEZOO_DEVICES names {folder}, which is no folder")
+    return [*extra, _HERE]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is a mistake, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UsageError(f"the key {key} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def list_devices() -> list[str]:
@@ -120,9 +142,9 @@ def list_devices() -> list[str]:
 def get_device(name: str) -> Device:
     """Look up a device by name.
 
-    >>> get_device("t44")
+    >>> get_device("t44")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    litezoo.models.errors.UsageError: unknown device 't44'; did you mean 't4'? (known: cpu, t4)
+    litezoo.models.errors.UsageError: unknown device 't44'; did you mean 't4'? (known: ...)
     """
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
@@ -133,11 +155,15 @@ def get_device(name: str) -> Device:
 def load_device(file: Path) -> Device:
     """Load one device file; every mistake in it is a UsageError that names file and key."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{file} holds no keys; see recipes/devices/t4.yaml for the form")
+    if "name" in values:
+        raise UsageError(f"{file}: name is the file's own name; leave it out")
     try:
         device: Device = _build(Device, {"name": file.stem, **values})
     except UsageError as error:
@@ -153,7 +179,8 @@ def _build(cls: typing.Any, values: Mapping[str, object]) -> typing.Any:
             raise UsageError(str(unknown_name("key", str(key), hints)))
     required = {f.name for f in dataclasses.fields(cls) if _is_required(f)}
     if missing := sorted(required - set(values)):
-        raise UsageError(f"{missing[0]} is missing; required are {', '.join(sorted(required))}")
+        wanted = ", ".join(sorted(required - {"name"}))
+        raise UsageError(f"{missing[0]} is missing; required are {wanted}")
     return cls(**{key: _convert(key, hints[key], value) for key, value in values.items()})
 
 
