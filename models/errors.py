@@ -50,6 +50,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)})")
 
 
+def wrong_words(message: str, known_options: Iterable[str]) -> UsageError:
+    """Return a command line parser's complaint in one line, with the nearest option it knows.
+
+    >>> str(wrong_words("unrecognized arguments: --bach 3", ["--batch", "--json"]))
+    "unrecognized arguments: --bach 3; did you mean '--batch'?"
+    """
+    line = " ".join(message.split())
+    _, found, rest = line.partition("unrecognized arguments: ")
+    option = rest.partition(" ")[0].partition("=")[0]
+    near = difflib.get_close_matches(option, list(known_options), n=1) if found else []
+    return UsageError(line + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
 def require(module: str, *, purpose: str, extra: str) -> ModuleType:
     """Import a dependency that only one part of litezoo needs.
 

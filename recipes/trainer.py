@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentError
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -35,7 +36,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from litezoo.models.catalogue import Interpolation, get_spec
 from litezoo.models.create import create_model
-from litezoo.models.errors import UsageError
+from litezoo.models.errors import UsageError, wrong_words
 from litezoo.models.weights import INFO_KEY, CheckpointInfo, read_checkpoint
 
 from .data import Split, eval_transform, open_data
@@ -452,15 +453,9 @@ def train(
         enable_version_counter=False,
     )  # fmt: skip
     lines = _EpochLine()
-    cli = _CLI(
-        ClassifierModule,
-        ImageData,
-        run=False,
-        args=[f"--config={config}", *arguments, *overrides],
-        seed_everything_default=0,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": f"litezoo train {model}"},
+    cli = _create_cli(
+        model,
+        [f"--config={config}", *arguments, *overrides],
         trainer_defaults={
             "callbacks": [best, lines, *([RichProgressBar()] if sys.stderr.isatty() else [])],
             "enable_progress_bar": sys.stderr.isatty(),
@@ -503,6 +498,31 @@ def train(
     )
     (folder / "run.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _create_cli(model: str, words: list[str], *, trainer_defaults: dict[str, Any]) -> _CLI:
+    """Parse LightningCLI's words and build what they name; a wrong word is a UsageError."""
+    options: list[str] = []
+
+    class Cli(_CLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            super().add_arguments_to_parser(parser)
+            options.extend(o for action in parser._actions for o in action.option_strings)
+
+    try:
+        return Cli(
+            ClassifierModule,
+            ImageData,
+            run=False,
+            args=words,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"litezoo train {model}", "exit_on_error": False},
+            trainer_defaults=trainer_defaults,
+        )
+    except ArgumentError as error:
+        raise wrong_words(str(error), options) from error
 
 
 def _quiet() -> None:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name
+from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name, wrong_words
 
 if TYPE_CHECKING:
     from litezoo.export.artifact import Accuracy
@@ -174,7 +174,7 @@ def _devices(args: Namespace) -> None:
 
 def _export_parser(parser: ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="default: that of the last trained checkpoint")
-    parser.add_argument("--device", required=True, help="a name of `litezoo devices`")
+    parser.add_argument("--device", help="a name of `litezoo devices` (required)")
     parser.add_argument("--weights", help="tag, checkpoint file or 'random' (speed only)")
     parser.add_argument("--precision", default="auto", help="default: all of the device's")
     parser.add_argument("--engine", choices=("auto", "require"), default="auto",
@@ -197,11 +197,15 @@ def _evidence(stage: str, parity: Parity, accuracy: Accuracy | None) -> tuple[st
 
 
 def _export(args: Namespace) -> None:
-    from litezoo.export.artifact import default_folder
-    from litezoo.export.exporter import choose_source, export
     from litezoo.recipes.devices import get_device
 
+    if args.device is None:
+        raise UsageError("for which device? for example: litezoo export --device cpu "
+                         "(see: litezoo devices)")  # fmt: skip
     get_device(args.device).select_precisions(args.precision)  # before anything slow
+    from litezoo.export.artifact import default_folder
+    from litezoo.export.exporter import choose_source, export
+
     model, weights = choose_source(args.model or None, args.weights or None)
     out = args.out or default_folder(model, args.device)
     with _steps() as progress:
@@ -437,17 +441,31 @@ _LATER = {
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="litezoo",
+        exit_on_error=False,
         description="Lightweight CNNs: train, fuse, export, verify, measure.",
         epilog="exit status: 0 ok, 2 wrong usage, 3 a check failed, 4 something needed is missing",
     )
     commands = parser.add_subcommands(dest="verb", required=True, metavar="VERB")
-    commands.add_subcommand("train", ArgumentParser(), help=_TRAIN_HELP)
+    commands.add_subcommand("train", ArgumentParser(exit_on_error=False), help=_TRAIN_HELP)
     for name, (what, fill, _) in _VERBS.items():
-        verb = ArgumentParser(description=what[0].upper() + what[1:] + ".")
+        verb = ArgumentParser(
+            description=what[0].upper() + what[1:] + ".",
+            exit_on_error=False,
+            formatter_class=argparse.HelpFormatter,
+        )
         fill(verb)
         verb.add_argument("--json", action="store_true", help="print JSON for programs")
         commands.add_subcommand(name, verb, help=what)
     return parser
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """Return the options of the verb that `words` begin with."""
+    if not words or words[0] not in _VERBS:
+        return []
+    verb = ArgumentParser()
+    _VERBS[words[0]][1](verb)
+    return [option for action in verb._actions for option in action.option_strings]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -463,7 +481,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise unknown_name("command", words[0], [*_VERBS, "train"])
         if words[:1] == ["train"]:
             return _train(words[1:])
-        args = _parser().parse_args(words)
+        parser = _parser()
+        if not words:
+            parser.print_help(sys.stderr)
+            return 2
+        try:
+            args = parser.parse_args(words)
+        except ArgumentError as error:
+            raise wrong_words(str(error), _options(words)) from error
         _VERBS[args.verb][2](args[args.verb])
     except LitezooError as error:
         if "--json" in words:
