@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,12 +90,20 @@ class Candidate:
     precision: str
     graph_form: str
     session: Session
+    weights: str
     top1_percent: float | None = None
 
     @property
     def label(self) -> str:
         """Return e.g. "repvgg_a0 openvino fp32 deploy"."""
         return f"{self.artifact.model} {self.runtime} {self.precision} {self.graph_form}"
+
+
+def check_conditions(*, batches: Sequence[int], threads: int) -> None:
+    """Refuse batch sizes and thread counts that cannot be."""
+    for batch in batches:
+        if batch < 1 or threads < 1:
+            raise UsageError(f"batch is {batch} and threads {threads}; both need to be 1 or more")
 
 
 def candidates_of(folder: Path, *, threads: int) -> list[Candidate]:
@@ -116,6 +124,7 @@ def candidates_of(folder: Path, *, threads: int) -> list[Candidate]:
                 precision=engine.precision,
                 graph_form=artifact.graph_form,
                 session=load_session(folder, artifact, engine, threads=threads),
+                weights="random" if artifact.weights == "random" else "trained",
                 top1_percent=engine.accuracy.top1_percent if engine.accuracy else None,
             )
         )
@@ -152,7 +161,8 @@ def pytorch_candidates(folder: Path, *, threads: int) -> list[Candidate]:
     torch.set_num_threads(threads)
     artifact = read_artifact(folder)
     file = Path(artifact.weights)
-    if file.is_file() and file_sha256(file) == artifact.weights_sha256:
+    is_here = file.is_file() and file_sha256(file) == artifact.weights_sha256
+    if is_here:
         train = create_model(artifact.model, weights=file)
     else:
         train = create_model(
@@ -169,7 +179,8 @@ def pytorch_candidates(folder: Path, *, threads: int) -> list[Candidate]:
             precision="fp32",
             graph_form=form,
             session=_Eager(model),
-            top1_percent=top1[0] if top1 else None,
+            weights="trained" if is_here else "random",
+            top1_percent=top1[0] if top1 and is_here else None,
         )
         for form, model in (("train", train.eval()), ("deploy", fuse(train)))
     ]
@@ -182,11 +193,20 @@ def _pinned(threads: int) -> Iterator[None]:
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(usable_cpus()[:threads]))
+    _set_affinity(set(usable_cpus()[:threads]))
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        _set_affinity(before)
+
+
+def _set_affinity(cpus: set[int]) -> None:
+    """Pin every thread of this process: a runtime's were started when its engine was loaded."""
+    os.sched_setaffinity(0, cpus)
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        with suppress(ProcessLookupError):  # it may end meanwhile
+            os.sched_setaffinity(int(task.name), cpus)
 
 
 def _block(session: Session, images: Array, seconds: float) -> list[float]:
@@ -221,8 +241,7 @@ def measure(
     """Measure all candidates at one batch size in interleaved rounds; one row each, in order."""
     if not candidates:
         raise UsageError("nothing to measure; give the folder of an artifact")
-    if batch < 1 or threads < 1:
-        raise UsageError(f"batch is {batch} and threads {threads}; both need to be 1 or more")
+    check_conditions(batches=[batch], threads=threads)
     machine = read_machine()
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     images = [
@@ -269,7 +288,7 @@ def _row(
     return Measurement(
         model=candidate.artifact.model,
         artifact_sha256=candidate.artifact_sha256,
-        weights="random" if candidate.artifact.weights == "random" else "trained",
+        weights=candidate.weights,
         device=candidate.artifact.device,
         runtime=candidate.runtime,
         precision=candidate.precision,

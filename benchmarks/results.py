@@ -65,7 +65,7 @@ def read_rows(files: Iterable[Path]) -> list[Measurement]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 rows.append(_row(json.loads(line)))
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise CheckFailed(f"{file}:{number} is not a result row: {error}") from error
     return rows
 

@@ -9,7 +9,9 @@ numbers, and no file of it is loaded before its sha256 has been compared. No tor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,6 @@ from .parity import Parity, check_batches
 from .runtime import Array, Session, get_runtime
 
 if TYPE_CHECKING:
-    import os
-
     from PIL import Image
 
 __all__ = ["Accuracy", "Artifact", "Engine", "LoadedArtifact", "load", "read_artifact", "verify"]
@@ -36,6 +36,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 EXPECTED = "expected.npz"
 ARTIFACTS = Path("artifacts")
+_ZEROS = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +109,17 @@ class Artifact:
         return {name: file for name, file in self.onnx.items() if name not in covered}
 
     def to_json(self) -> str:
-        """Return manifest.json's text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=dict) + "\n"
+        """Return manifest.json's text; it holds its own sha256, taken with zeros in its place."""
+        return signed_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Artifact:
         """Read manifest.json's text; anything else is a UsageError."""
         try:
             values = json.loads(text)
+            own = values.pop("manifest_sha256")
+            if hashlib.sha256(text.replace(own, _ZEROS, 1).encode()).hexdigest() != own:
+                raise CheckFailed(f"{MANIFEST} was changed (sha256 differs)")
             if values.get("schema") != SCHEMA:
                 raise UsageError(
                     f"manifest schema {values.get('schema')} is not {SCHEMA}; export again with "
@@ -141,6 +145,12 @@ class Artifact:
             raise UsageError(f"not a litezoo manifest ({error})") from error
 
 
+def signed_json(values: Mapping[str, Any]) -> str:
+    """Return a manifest's text with its own sha256 in it."""
+    text = json.dumps({**values, "manifest_sha256": _ZEROS}, indent=2, default=dict) + "\n"
+    return text.replace(_ZEROS, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
 def _parity(values: Mapping[str, Any]) -> Parity:
     return Parity(**{**values, "batches": tuple(values["batches"])})
 
@@ -163,9 +173,7 @@ def read_artifact(folder: Path) -> Artifact:
     if not file.is_file():
         raise UsageError(f"{folder} is no artifact: it has no {MANIFEST}; make one: litezoo export")
     try:
-        return Artifact.from_json(file.read_text(encoding="utf-8"))
-    except CheckFailed:
-        raise
+        return Artifact.from_json(file.read_bytes().decode())
     except (LitezooError, UnicodeDecodeError) as error:
         raise CheckFailed(f"{file} is damaged: {error}; export again") from error
 
@@ -287,14 +295,14 @@ class LoadedArtifact:
 
     def __call__(self, images: Array | Sequence[Image.Image | str | os.PathLike[str]]) -> Array:
         """Return logits of a preprocessed batch (N, C, H, W), or of image files or PIL images."""
-        if isinstance(images, np.ndarray):
+        if isinstance(images, np.ndarray) and images.dtype.kind in "fiub":
             batch = images
-        elif isinstance(images, (list, tuple)):
+        elif isinstance(images, (list, tuple)) and images:
             batch = np.stack([self.preprocess(image) for image in images])
         else:
             raise UsageError(
-                f"images is a {type(images).__name__}; give a float32 array (N, C, H, W) or a list "
-                "of image files or PIL images"
+                f"images is a {type(images).__name__}; give a float32 array (N, C, H, W) or a "
+                "list of image files or PIL images"
             )
         size = self.artifact.preprocess.input_size
         if batch.ndim != 4 or batch.shape[1:] != size or not len(batch):
@@ -336,6 +344,10 @@ def preprocess_image(image: Image.Image | str | os.PathLike[str], preprocess: Pr
     from PIL import Image
 
     channels, height, width = preprocess.input_size
+    if not isinstance(image, (Image.Image, str, os.PathLike)):
+        raise UsageError(
+            f"cannot use {type(image).__name__} as an image; give an image file or a PIL image"
+        )
     if not isinstance(image, Image.Image):
         try:
             with Image.open(image) as opened:

@@ -184,6 +184,8 @@ def export(
     target = get_device(device)
     precisions = target.select_precisions(precision)
     spec = get_spec(model)
+    if accuracy_images < 1:
+        raise UsageError(f"accuracy is measured on {accuracy_images} images; give 1 or more")
     _check_replaceable(out)
     for name in target.runtimes if engine == "require" else ():
         if (reason := get_runtime(name).missing(target)) is not None:

@@ -6,14 +6,17 @@ ran), metrics.csv, TensorBoard events and run.json. A checkpoint carries what ex
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +40,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from litezoo.models.catalogue import Interpolation, get_spec
 from litezoo.models.create import create_model
 from litezoo.models.errors import UsageError, wrong_words
+from litezoo.models.files import write_whole
 from litezoo.models.weights import INFO_KEY, CheckpointInfo, read_checkpoint
 
 from .data import Split, eval_transform, open_data
@@ -418,73 +422,87 @@ def find_recipe(model: str, data: str) -> Path:
 
 
 def train(
-    model: str,
+    model: str | None,
     *,
-    data: str = "digits",
+    data: str | None = None,
     recipe: Path | None = None,
     out: Path | None = None,
     resume: Path | None = None,
     overrides: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda step: None,
 ) -> TrainResult:
     """Train a model by a recipe and return what came of it.
 
     Args:
-        model: name of the model.
-        data: "digits" or a folder with train/<class>/ and val/<class>/.
+        model: name of the model; None only with `resume`.
+        data: "digits" (the default) or a folder with train/<class>/ and val/<class>/.
         recipe: a LightningCLI YAML; default: `find_recipe`.
         out: the run's folder; default: runs/<model>/<time>.
         resume: folder of a run to go on with, by its last.ckpt and config.yaml.
         overrides: LightningCLI arguments, such as --trainer.max_epochs=3.
+        progress: called with what is trained, before the work begins.
     """
     _quiet()
     started = time.perf_counter()
-    config = recipe or find_recipe(model, data)
-    arguments = [f"--model.name={model}", f"--data.source={data}"]
     if resume is not None:
-        config, arguments = resume / "config.yaml", []
-        if not (resume / LAST).is_file() or not config.is_file():
-            raise UsageError(f"{resume} has no {LAST} and config.yaml to go on from")
-        read_checkpoint(resume / LAST)  # says in a sentence if it is corrupt
-    folder = resume or out or RUNS / get_spec(model).name / f"{datetime.now():%Y%m%d-%H%M%S}"
+        model, data = _check_resume(resume, model=model, data=data, recipe=recipe)
+        config, arguments, folder = resume / "config.yaml", [], resume
+    elif model is None:
+        raise UsageError("which model? for example repvgg_a0 (see: litezoo list)")
+    else:
+        data = data or "digits"
+        config = recipe or find_recipe(model, data)
+        arguments = [f"--model.name={model}", f"--data.source={data}"]
+        folder = out or RUNS / get_spec(model).name / f"{datetime.now():%Y%m%d-%H%M%S}"
     if not config.is_file():
         raise UsageError(f"no recipe {config}; give one with --recipe FILE")
+    progress(f"training {model} on {data}")
     best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor="val/top1", mode="max", save_last=True,
+        dirpath=folder, filename=Path(BEST).stem, monitor="val/top1", mode="max",
+        enable_version_counter=False,
+    )  # fmt: skip
+    # not save_last=True, which writes only with a new best one
+    last = ModelCheckpoint(
+        dirpath=folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
     lines = _EpochLine()
+    bars = [RichProgressBar()] if sys.stderr.isatty() else []
     cli = _create_cli(
         model,
         [f"--config={config}", *arguments, *overrides],
         trainer_defaults={
-            "callbacks": [best, lines, *([RichProgressBar()] if sys.stderr.isatty() else [])],
+            "callbacks": [best, last, lines, *bars],
             "enable_progress_bar": sys.stderr.isatty(),
             "enable_model_summary": False,
             "default_root_dir": str(folder),
         },
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True)
-    if cli.config.trainer.logger is None:
-        cli.trainer.loggers = [
-            CSVLogger(folder, name="", version=""),
-            TensorBoardLogger(folder, name="", version=""),
-        ]
-    checkpoint = None if resume is None else folder / LAST
+    checkpoint = None if resume is None else resume / LAST
     if checkpoint is not None:
         done = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
         if done >= (cli.trainer.max_epochs or 0):
             raise UsageError(
                 f"{folder} has finished its {done} epochs; to go on add --trainer.max_epochs N"
             )
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
-    if not best.best_model_path:
-        raise UsageError("the run was too short to validate; give it a whole epoch")
-    cli.trainer.test(
-        cli.model, cli.datamodule, ckpt_path=best.best_model_path, verbose=False, weights_only=True
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True)
+    with _kept_metrics(folder / "metrics.csv"):
+        if cli.config.trainer.logger is None:
+            cli.trainer.loggers = [
+                CSVLogger(folder, name="", version=""),
+                TensorBoardLogger(folder, name="", version=""),
+            ]
+        _fit(cli, checkpoint)
+        if not best.best_model_path:
+            raise UsageError("the run was too short to validate; give it a whole epoch")
+        cli.trainer.test(
+            cli.model,
+            cli.datamodule,
+            ckpt_path=best.best_model_path,
+            verbose=False,
+            weights_only=True,
+        )
     result = TrainResult(
         model=cli.model.name,
         data=cli.datamodule.images.source,
@@ -496,8 +514,65 @@ def train(
         seconds=round(time.perf_counter() - started, 1),
         precision=str(cli.trainer.precision),
     )
-    (folder / "run.json").write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    write_whole(folder / "run.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _check_resume(
+    run: Path, *, model: str | None, data: str | None, recipe: Path | None
+) -> tuple[str, str]:
+    """Return a run's model and data; asking for others is a UsageError."""
+    if not (run / LAST).is_file() or not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} has no {LAST} and config.yaml to go on from")
+    info = read_checkpoint(run / LAST).info  # says in a sentence if it is corrupt
+    if info is None:
+        raise UsageError(f"{run / LAST} is not of litezoo's trainer; it cannot be gone on with")
+    same_data = data in (None, info.data) or str(Path(str(data)).resolve()) == info.data
+    if model not in (None, info.model) or not same_data or recipe is not None:
+        raise UsageError(
+            f"{run} trained {info.model} on {info.data} by its own config.yaml; a run goes on with "
+            "the same model, data and recipe (--trainer.* and other options may change)"
+        )
+    return info.model, info.data
+
+
+def _fit(cli: _CLI, checkpoint: Path | None) -> None:
+    """Train; Ctrl-C is a KeyboardInterrupt and SIGTERM status 143, whatever Lightning makes."""
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise SystemExit(error.code or 143) from error
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _kept_metrics(file: Path) -> Iterator[None]:
+    """Keep the rows of a run that goes on: CSVLogger begins its file anew."""
+    before = file.with_name("metrics.before.csv")
+    if file.is_file():
+        _join_csv([before, file], before)
+    try:
+        yield
+    finally:
+        if before.is_file():
+            _join_csv([before, file], file)
+            before.unlink()
+
+
+def _join_csv(files: Sequence[Path], target: Path) -> None:
+    rows: list[dict[str, str]] = []
+    for file in files:
+        if file.is_file():
+            with file.open(newline="") as stream:
+                rows += csv.DictReader(stream)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(target, text.getvalue())
 
 
 def _create_cli(model: str, words: list[str], *, trainer_defaults: dict[str, Any]) -> _CLI:
@@ -531,6 +606,7 @@ def _quiet() -> None:
     for message in (
         ".*args parameter is intended.*",
         ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode.*",  # the averaged weights
         ".*The number of training batches.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*Experiment logs directory.*exists.*",

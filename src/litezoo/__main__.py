@@ -239,7 +239,8 @@ def _export(args: Namespace) -> None:
             print(f"note: {note}")
         print(f"artifact: {out}")
 
-    _show({"folder": str(out), **_plain(artifact)}, as_json=args.json, text=text)
+    values = {"folder": str(out), **json.loads(artifact.to_json())}
+    _show(values, as_json=args.json, text=text)
 
 
 def _verify_parser(parser: ArgumentParser) -> None:
@@ -280,10 +281,16 @@ def _bench_parser(parser: ArgumentParser) -> None:
 
 
 def _bench(args: Namespace) -> None:
-    from litezoo.benchmarks.measure import candidates_of, measure, pytorch_candidates
+    from litezoo.benchmarks.measure import (
+        candidates_of,
+        check_conditions,
+        measure,
+        pytorch_candidates,
+    )
     from litezoo.benchmarks.results import append_rows, results_folder
     from litezoo.export.artifact import find_artifacts
 
+    check_conditions(batches=args.batch, threads=args.threads)
     folders = args.folders or find_artifacts(args.device, args.models)
     rows = []
     with _steps() as progress:
@@ -361,14 +368,14 @@ def _report(args: Namespace) -> None:
 def _train(words: Sequence[str]) -> int:
     """Train: our few words here, everything else goes to LightningCLI as it is."""
     parser = argparse.ArgumentParser(
-        prog="litezoo train",
+        prog="litezoo train MODEL",
         allow_abbrev=False,
-        description="Train or fine-tune a model by a recipe (LightningCLI).",
+        description="Train or fine-tune MODEL (a model or a family of `litezoo list`) by a "
+        "recipe (LightningCLI).",
         epilog="Every option of LightningCLI can follow, such as --trainer.max_epochs 3, "
         "--data.batch_size 128, --model.weights TAG; all of them: litezoo train MODEL --options",
     )
-    parser.add_argument("model", nargs="?", help="a model or a family of `litezoo list`")
-    parser.add_argument("--data", default="digits", help="'digits' (embedded) or a folder with "
+    parser.add_argument("--data", help="'digits' (embedded, the default) or a folder with "
                         "train/<class>/*.jpg and val/<class>/*.jpg")  # fmt: skip
     parser.add_argument("--recipe", type=Path, help="LightningCLI YAML (default: recipes/train)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/MODEL/<time>)")
@@ -377,24 +384,28 @@ def _train(words: Sequence[str]) -> int:
     parser.add_argument("--options", action="store_true", help="show LightningCLI's options")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args, rest = parser.parse_known_args(words)
+    # MODEL is the first word that is not the value of one of LightningCLI's options
+    name = None
+    for index, word in enumerate(rest):
+        option = rest[index - 1] if index else ""
+        if not word.startswith("-") and ("=" in option or not option.startswith("-")):
+            name = rest.pop(index)
+            break
 
     from litezoo.models.catalogue import resolve_name
     from litezoo.models.errors import require
     from litezoo.recipes.runs import last_run
 
-    if args.model is None and not args.resume:
+    if name is None and not args.resume:
         raise UsageError("which model? for example: litezoo train repvgg_a0 (see: litezoo list)")
-    model = None if args.model is None else resolve_name(args.model)
+    model = None if name is None else resolve_name(name)
     run = None
     if args.resume:
         run = args.out or last_run(model or "*")
         if run is None:
             raise UsageError("there is no run to go on with in runs/; start one: litezoo train")
-        model = model or run.parent.name
-    assert model is not None
     require("pytorch_lightning", purpose="training", extra="train")
     require("torchmetrics", purpose="training", extra="train")
-    print(f"training {model} on {args.data}", file=sys.stderr, flush=True)
     from litezoo.recipes.trainer import train
 
     result = train(
@@ -403,6 +414,7 @@ def _train(words: Sequence[str]) -> int:
         recipe=args.recipe,
         out=args.out,
         resume=run,
+        progress=lambda step: print(step, file=sys.stderr, flush=True),
         overrides=["--help"] if args.options else rest,
     )
 
@@ -495,6 +507,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "status": error.exit_status}))
         print(f"litezoo: {error}", file=sys.stderr)
         return error.exit_status
+    except SystemExit as error:  # --help, or a run that was told to end
+        return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt:
         print("litezoo: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,740 @@
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_export import exported
+from test_train import litezoo, tiny_model
+
+from litezoo.benchmarks import machine as machine_module
+from litezoo.benchmarks import measure as protocol
+from litezoo.benchmarks.machine import Machine, read_machine, usable_cpus
+from litezoo.benchmarks.measure import (
+    Candidate,
+    Measurement,
+    candidates_of,
+    measure,
+    pytorch_candidates,
+)
+from litezoo.benchmarks.report import write_report
+from litezoo.benchmarks.results import (
+    BEGIN,
+    END,
+    append_rows,
+    latest,
+    markdown_table,
+    read_rows,
+    refresh_readme,
+)
+from litezoo.export.artifact import read_artifact
+from litezoo.models.errors import CheckFailed, MissingError, UsageError
+from litezoo.models.files import file_sha256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_model():
+    with tiny_model():
+        yield
+
+
+@pytest.fixture(scope="module")
+def for_cpu(tmp_path_factory):
+    return exported(tmp_path_factory, "cpu")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Clock:
+    """Time that passes only where a session or a sleep says so; stands in for `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.slept = []
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(protocol, "time", clock)
+    return clock
+
+
+class Scripted:
+    """A session whose n-th call takes `duration(n)` milliseconds of the clock."""
+
+    def __init__(self, clock, duration):
+        self.clock, self.duration = clock, duration
+        self.times, self.starts, self.batches = [], [], []
+
+    def run(self, batch):
+        took = self.duration(len(self.times))
+        self.starts.append(self.clock.now)
+        self.batches.append(batch)
+        self.times.append(took)
+        self.clock.now += took / 1e3
+        return np.zeros((len(batch), 10), np.float32)
+
+
+@pytest.fixture
+def candidate(for_cpu, clock):
+    """Return a candidate with scripted times."""
+
+    def make(duration, *, runtime="onnxruntime", form="deploy"):
+        session = Scripted(clock, duration if callable(duration) else lambda _: duration)
+        return Candidate(
+            artifact=read_artifact(for_cpu),
+            artifact_sha256="ab" * 32,
+            runtime=runtime,
+            precision="fp32",
+            graph_form=form,
+            session=session,
+            weights="trained",
+            top1_percent=98.5,
+        )
+
+    return make
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def test_a_row_says_what_was_measured_and_how(candidate):
+    first, second = candidate(4.0, runtime="pytorch", form="train"), candidate(2.0)
+    rows = measure([first, second], batch=3, threads=1)
+    assert [row.label for row in rows] == ["pytorch fp32 train", "onnxruntime fp32 deploy"]
+    row = rows[1]
+    assert (row.model, row.device, row.weights) == ("repvgg_tiny", "cpu", "trained")
+    assert (row.runtime, row.precision, row.graph_form) == ("onnxruntime", "fp32", "deploy")
+    assert (row.batch, row.resolution, row.threads) == (3, (1, 32, 32), 1)
+    assert row.artifact_sha256 == "ab" * 32 and row.top1_percent == 98.5
+    assert row.ratio_to == "repvgg_tiny pytorch fp32 train"
+    assert row.protocol == "interleaved-1" and row.date.endswith("+00:00")
+    assert row.p50_ms == row.p90_ms == row.p99_ms == pytest.approx(2.0)
+    assert row.images_per_s == pytest.approx(3 / 2e-3)
+    assert (rows[0].ratio, row.ratio) == (1.0, 2.0)
+    assert row.spread == 0
+    assert dataclasses.asdict(row.machine) == {
+        **dataclasses.asdict(read_machine()),
+        "load_1min": row.machine.load_1min,
+    }
+
+
+def test_the_network_gets_batches_of_its_own_shape(candidate):
+    one = candidate(5.0)
+    measure([one], batch=7, threads=1)
+    shapes = {batch.shape for batch in one.session.batches}
+    assert shapes == {(7, 1, 32, 32)}
+    assert all(batch.dtype == np.float32 for batch in one.session.batches)
+
+
+def measured(session, row):
+    """Return the calls of a session that count, its last `row.runs`."""
+    return session.times[-row.runs :]
+
+
+def test_percentiles_are_those_of_the_calls_after_warming_up(candidate):
+    times = np.random.default_rng(0).lognormal(1, 0.5, 5000)
+    one = candidate(lambda n: float(times[n]))
+    (row,) = measure([one], batch=2, threads=1)
+    own = measured(one.session, row)
+    p50, p90, p99 = np.percentile(own, (50, 90, 99))
+    assert (row.p50_ms, row.p90_ms, row.p99_ms) == pytest.approx((p50, p90, p99), abs=1e-4)
+    assert row.p50_ms < row.p90_ms < row.p99_ms
+    assert row.seconds == pytest.approx(sum(own) / 1e3, abs=0.01)
+    assert row.images_per_s == pytest.approx(2e3 / p50, rel=1e-3)
+
+
+@pytest.mark.parametrize("duration", [0.01, 1.0, 15.0, 30.0, 300.0])
+def test_each_candidate_has_five_rounds_fifty_runs_and_a_second(candidate, duration):
+    slow, fast = candidate(duration), candidate(duration / 3)
+    rounds = []
+    rows = measure([slow, fast], batch=1, threads=1, progress=rounds.append)
+    for row in rows:
+        assert row.runs >= 50 and row.seconds >= 1.0
+    count = max(int(re.search(r"round (\d+)", step)[1]) for step in rounds if "round" in step)
+    assert count >= 5
+    # and no more rounds than that takes: each block is 0.2 s or one call
+    per_round = max(1, round(200 / duration))
+    needed = max(5, -(-50 // per_round))
+    assert count <= needed + 1
+
+
+def test_every_candidate_runs_in_every_round_in_an_order_shuffled_anew(candidate, clock):
+    candidates = [candidate(10.0) for _ in range(4)]
+    order = []
+    for number, one in enumerate(candidates):
+        right = one.session.run
+
+        def run(batch, number=number, right=right):
+            order.append((clock.now, number))
+            return right(batch)
+
+        one.session.run = run
+    steps = []
+    measure(candidates, batch=1, threads=1, progress=lambda s: steps.append((clock.now, s)))
+    starts = [now for now, step in steps if "round" in step] + [float("inf")]
+    orders = []
+    for begin, end in itertools.pairwise(starts):
+        numbers = [number for now, number in order if begin <= now < end]
+        blocks = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n]
+        assert sorted(blocks) == [0, 1, 2, 3]  # one block each
+        orders.append(tuple(blocks))
+    assert len({*orders}) > 1
+
+
+def test_before_every_block_there_is_a_pause(candidate, clock):
+    steps = []
+    measure([candidate(10.0), candidate(10.0)], batch=1, threads=1, progress=steps.append)
+    rounds = [step for step in steps if "round" in step]
+    assert clock.slept == [0.08] * (2 * len(rounds))
+
+
+def test_a_ratio_is_taken_within_rounds_so_that_drift_cancels(candidate, clock):
+    # the machine slows down threefold meanwhile; the second is twice as fast at any moment
+    def drift():
+        return 1 + 2 * min(1.0, (clock.now - 1000) / 4)
+
+    first, second = candidate(lambda _: 8 * drift()), candidate(lambda _: 4 * drift())
+    rows = measure([first, second], batch=1, threads=1)
+    assert rows[1].ratio == pytest.approx(2.0, rel=0.15)
+    assert rows[0].spread > 0.1
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own(candidate, monkeypatch):
+    monkeypatch.setattr(protocol, "MIN_SECONDS", 0.9)  # five blocks of 0.2 s but for rounding
+    rounds = []
+
+    def in_round(*durations):
+        return lambda _: durations[max(0, len(rounds) - 1)]
+
+    first, second = candidate(in_round(2, 4, 6, 8, 10)), candidate(in_round(2, 1, 6, 1, 5))
+
+    def progress(step):
+        if "round" in step:
+            rounds.append(step)
+
+    rows = measure([first, second], batch=1, threads=1, progress=progress)
+    assert len(rounds) == 5
+    assert rows[1].ratio == 2.0  # of 1, 4, 1, 8, 2; the ratio of the medians would be 3
+
+
+def test_one_disturbed_round_does_not_move_the_ratio(candidate):
+    rounds = []
+
+    def disturbed(_):
+        return 100.0 if len(rounds) == 2 else 10.0
+
+    first, second = candidate(10.0), candidate(disturbed)
+
+    def progress(step):
+        if "round" in step:
+            rounds.append(step)
+
+    rows = measure([first, second], batch=1, threads=1, progress=progress)
+    assert rows[1].ratio == 1.0 and rows[1].p50_ms == pytest.approx(10.0)
+    assert rows[1].p99_ms == pytest.approx(100.0)
+
+
+def test_the_first_slow_calls_are_not_counted(candidate):
+    one = candidate(lambda n: 400.0 / (n + 1) if n < 3 else 10.0)
+    (row,) = measure([one], batch=1, threads=1)
+    assert row.p99_ms == pytest.approx(10.0)
+    assert {*measured(one.session, row)} == {10.0}
+    assert len(one.session.times) - row.runs >= 2 * 10  # two steady blocks of 0.1 s
+
+
+def test_warming_up_ends_after_three_seconds_though_unsteady(candidate, clock):
+    one = candidate(lambda n: 150.0 * (1 + n % 2))
+    begun = []
+    measure(
+        [one],
+        batch=1,
+        threads=1,
+        progress=lambda s: begun.append(clock.now) if "round" in s else None,
+    )
+    assert 3.0 <= begun[0] - 1000 <= 3.0 + 0.3
+
+
+def test_measuring_is_shown_step_by_step(candidate):
+    steps = []
+    measure([candidate(10.0)], batch=2, threads=1, progress=steps.append)
+    assert steps[0] == "batch 2: warming up repvgg_tiny onnxruntime fp32 deploy"
+    assert steps[1] == "batch 2: round 1, 1 engines"
+
+
+def test_the_process_is_kept_on_as_many_cpus_as_threads(candidate):
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot pin a process")
+    before = os.sched_getaffinity(0)
+    seen = []
+    one = candidate(10.0)
+    right = one.session.run
+    one.session.run = lambda batch: (seen.append(os.sched_getaffinity(0)), right(batch))[1]
+    measure([one], batch=1, threads=1)
+    assert all(cpus == {usable_cpus()[0]} for cpus in seen)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_process_is_released_after_an_error(candidate):
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot pin a process")
+    before = os.sched_getaffinity(0)
+    one = candidate(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure([one], batch=1, threads=1)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_threads_that_a_runtime_started_before_are_pinned_too(candidate):
+    if not hasattr(os, "sched_setaffinity") or len(usable_cpus()) < 2:
+        pytest.xfail("needs a system that can pin, and two CPUs")
+    done = threading.Event()
+    worker = threading.Thread(target=done.wait, daemon=True)
+    worker.start()
+    seen = []
+    one = candidate(10.0)
+    right = one.session.run
+    one.session.run = lambda batch: (
+        seen.append(os.sched_getaffinity(worker.native_id)),
+        right(batch),
+    )[1]
+    try:
+        measure([one], batch=1, threads=1)
+    finally:
+        done.set()
+    assert all(cpus == {usable_cpus()[0]} for cpus in seen)
+
+
+def test_random_weights_are_marked_in_the_row(candidate):
+    random = dataclasses.replace(candidate(10.0), weights="random")
+    (row,) = measure([random], batch=1, threads=1)
+    assert row.weights == "random"
+
+
+def test_numbers_that_cannot_be_are_refused(candidate):
+    for batch, threads in ((0, 1), (1, 0), (-1, 1), (1, -2)):
+        with pytest.raises(UsageError) as caught:
+            measure([candidate(1.0)], batch=batch, threads=threads)
+        assert str(caught.value) == (
+            f"batch is {batch} and threads {threads}; both need to be 1 or more"
+        )
+    with pytest.raises(UsageError, match="nothing to measure; give the folder of an artifact"):
+        measure([], batch=1, threads=1)
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+def test_the_machine_record_is_complete():
+    machine = read_machine({"tensorrt": "10.13"})
+    assert machine.cpu and machine.system and machine.governor
+    assert machine.cores == len(usable_cpus()) >= 1
+    assert machine.memory_gib > 0 and machine.load_1min >= 0
+    assert {"python", "litezoo", "torch", "onnxruntime", "openvino"} < {*machine.versions}
+    assert machine.versions["tensorrt"] == "10.13"
+    assert all(machine.versions.values())
+
+
+X86 = """processor\t: 0
+model name\t: Some CPU @ 2.00GHz
+flags\t\t: fpu sse avx2 fma avx512f avx512_vnni amx_bf16 avx512cd
+processor\t: 1
+model name\t: Some CPU @ 2.00GHz
+"""
+
+
+def test_the_machine_is_read_from_the_system(monkeypatch):
+    files = {
+        "/proc/cpuinfo": X86,
+        "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance\n",
+    }
+    monkeypatch.setattr(machine_module, "_read", lambda path: files.get(path, ""))
+    machine = read_machine()
+    assert machine.cpu == "Some CPU @ 2.00GHz" and machine.governor == "performance"
+    assert machine.isa == ("avx2", "fma", "avx512f", "avx512_vnni", "amx_bf16")
+
+
+def test_what_the_system_does_not_say_is_unknown(monkeypatch):
+    monkeypatch.setattr(machine_module, "_read", lambda path: "")
+    machine = read_machine()
+    assert machine.governor == "unknown" and machine.isa == () and machine.cpu
+
+
+# --------------------------------------------------------------------------------------- the store
+
+ROW = Measurement(
+    model="repvgg_a0",
+    artifact_sha256="cd" * 32,
+    weights="trained",
+    device="cpu",
+    runtime="openvino",
+    precision="fp32",
+    graph_form="deploy",
+    batch=1,
+    resolution=(3, 224, 224),
+    threads=2,
+    p50_ms=8.125,
+    p90_ms=8.5,
+    p99_ms=9.75,
+    images_per_s=123.1,
+    ratio=2.5,
+    ratio_to="repvgg_a0 pytorch fp32 train",
+    spread=0.01,
+    runs=120,
+    seconds=1.01,
+    top1_percent=None,
+    machine=Machine(
+        cpu="Some CPU",
+        cores=2,
+        isa=("avx2", "fma"),
+        governor="performance",
+        memory_gib=8.0,
+        system="Linux x86_64",
+        load_1min=0.5,
+        versions={"python": "3.12.1", "openvino": "2025.1"},
+    ),
+    protocol="interleaved-1",
+    date="2026-01-02T03:04:05+00:00",
+)
+
+
+def row(**values):
+    return dataclasses.replace(ROW, **values)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [ROW, row(batch=32, top1_percent=72.4), row(device="t4"), row(runtime="pytorch")]
+    files = append_rows(rows, tmp_path / "new" / "results")
+    assert [file.name for file in files] == ["cpu.jsonl", "t4.jsonl"]
+    assert read_rows(files) == [rows[0], rows[1], rows[3], rows[2]]
+    assert len(files[0].read_text().splitlines()) == 3
+
+
+def test_older_lines_are_kept(tmp_path):
+    (file,) = append_rows([ROW], tmp_path)
+    before = file.read_text()
+    append_rows([row(batch=8)], tmp_path)
+    assert file.read_text().startswith(before)
+    assert read_rows([file]) == [ROW, row(batch=8)]
+
+
+def test_a_line_holds_plain_json_with_its_units(tmp_path):
+    (file,) = append_rows([ROW], tmp_path)
+    values = json.loads(file.read_text())
+    assert values["p50_ms"] == 8.125 and values["schema"] == 1
+    assert values["machine"]["versions"] == {"python": "3.12.1", "openvino": "2025.1"}
+
+
+DAMAGED = {
+    "half a line": lambda line: line[: len(line) // 2],
+    "no json": lambda line: "hello",
+    "empty": lambda line: "",
+    "a number": lambda line: "3",
+    "another schema": lambda line: line.replace('"schema": 1', '"schema": 7'),
+    "a field too few": lambda line: line.replace('"runs": 120, ', ""),
+    "a field too many": lambda line: line.replace('"runs": 120', '"runs": 120, "x": 1'),
+    "a machine too few": lambda line: line.replace('"cores": 2, ', ""),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    DAMAGED,
+)
+def test_a_damaged_line_is_named_by_file_and_number(tmp_path, kind):
+    (file,) = append_rows([ROW, ROW, ROW], tmp_path)
+    lines = file.read_text().splitlines()
+    spoilt = DAMAGED[kind](lines[1])
+    assert spoilt != lines[1]
+    file.write_text("\n".join([lines[0], spoilt, lines[2]]) + "\n")
+    with pytest.raises(CheckFailed) as caught:
+        read_rows([file])
+    assert str(caught.value).startswith(f"{file}:2 is not a result row: ")
+
+
+def test_a_results_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"no results .*none\.jsonl; measure first: litezoo bench"):
+        read_rows([tmp_path / "none.jsonl"])
+
+
+def test_the_newest_row_of_each_set_of_conditions_counts():
+    rows = [ROW, row(batch=8), row(p50_ms=7.0), row(batch=8, p50_ms=50.0)]
+    assert latest(rows) == rows[2:]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device": "t4"},
+        {"model": "repvgg_a1"},
+        {"resolution": (3, 32, 32)},
+        {"runtime": "onnxruntime"},
+        {"precision": "fp16"},
+        {"graph_form": "train"},
+        {"batch": 2},
+        {"threads": 1},
+        {"machine": dataclasses.replace(ROW.machine, cpu="Another")},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_rows_of_different_conditions_are_never_joined(values):
+    assert latest([ROW, row(**values)]) == [ROW, row(**values)]
+
+
+def test_the_table_has_a_line_for_each_set_of_conditions():
+    text = markdown_table([row(p50_ms=99.0), ROW, row(graph_form="train", ratio=1.0)])
+    lines = text.splitlines()
+    assert lines[0].startswith("| device | model | input | runtime | precision | form | batch |")
+    assert lines[2] == (
+        "| cpu | repvgg_a0 | 3x224x224 | openvino | fp32 | deploy | 1 | 2 | 8.12 | 9.75 | 123 "
+        "| 2.50x |"
+    )
+    assert "| train |" in lines[3] and lines[4] == ""
+    assert {line.count("|") for line in lines[:4]} == {13}
+    assert lines[5] == (
+        "cpu: Some CPU, 2 cores (avx2, fma), python 3.12.1, openvino 2025.1, protocol "
+        "interleaved-1, 2026-01-02."
+    )
+    assert len(lines) == 6  # one line for the one machine
+
+
+# ---------------------------------------------------------------------- the README and the report
+
+
+@pytest.fixture
+def readme(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"# litezoo\n\n{BEGIN}\nold table\n{END}\n\nThe end.\n")
+    return file
+
+
+def test_the_readmes_table_is_written_between_its_marks(readme):
+    assert not refresh_readme(readme, [ROW], write=True)
+    text = readme.read_text()
+    assert text.startswith(f"# litezoo\n\n{BEGIN}\n\n| device |")
+    assert text.endswith(f"\n\n{END}\n\nThe end.\n")
+    assert markdown_table([ROW]) in text and "old table" not in text
+    assert refresh_readme(readme, [ROW], write=True)
+    assert readme.read_text() == text
+
+
+def test_a_check_of_the_readme_changes_nothing(readme):
+    before = readme.read_text()
+    assert not refresh_readme(readme, [ROW], write=False)
+    assert readme.read_text() == before
+    refresh_readme(readme, [ROW], write=True)
+    assert refresh_readme(readme, [ROW], write=False)
+    assert not refresh_readme(readme, [row(p50_ms=1.0)], write=False)
+
+
+@pytest.mark.parametrize("text", ["# litezoo\n", f"{BEGIN}\n", f"{END}\n{BEGIN}\n"])
+def test_a_readme_without_marks_is_refused(readme, text):
+    readme.write_text(text)
+    with pytest.raises(UsageError, match=r"README\.md has no marks"):
+        refresh_readme(readme, [ROW], write=True)
+    assert readme.read_text() == text
+
+
+def test_a_readme_that_is_out_of_date_ends_with_3(readme, capsys):
+    (file,) = append_rows([ROW], readme.parent)
+    assert litezoo("report", file, "--readme", readme, "--check") == 3
+    assert capsys.readouterr().err == (
+        f"litezoo: the results in {readme} are not up to date; run: make readme\n"
+    )
+    assert litezoo("report", file, "--readme", readme) == 0
+    assert litezoo("report", file, "--readme", readme, "--check", "--json") == 0
+    assert json.loads(capsys.readouterr().out.partition("rows\n")[2]) == {
+        "written": str(readme),
+        "rows": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    rows = [ROW, row(batch=32), row(device="t4", runtime="tensorrt"), row(graph_form="train")]
+    rows.append(row(model="<script>alert(1)</script>", machine=ROW.machine))
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    assert write_report(rows, file) == file
+    return file.read_text()
+
+
+def test_the_report_is_one_page_that_needs_nothing_from_elsewhere(page):
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r"<script[^>]*\ssrc=", page)
+    assert not re.search(r"<link[^>]*\shref=", page)
+    assert "@import" not in page.partition("</style>")[0]
+    assert page.count("Plotly.newPlot(") == 3  # cpu at two batch sizes, t4 at one
+    assert len(page) > 1e6  # plotly itself
+
+
+def test_the_report_has_every_row_and_its_machine(page):
+    table = page.partition("<h2>All rows</h2>")[2]
+    assert table.count("<tr>") == 1 + 5
+    for words in ("<td class=n>8.125</td>", "<td>3x224x224</td>", "<td>tensorrt</td>"):
+        assert words in table
+    machines = table.partition("<h2>Machines</h2>")[2]
+    assert machines.count("<li>cpu: Some CPU, 2 cores, ISA avx2 fma, governor performance") == 1
+    assert "python 3.12.1, openvino 2025.1" in machines
+
+
+def test_a_name_in_the_results_cannot_run_as_code(page):
+    assert "<script>alert" not in page
+
+
+def test_the_report_is_written_by_its_command(here, capsys):
+    assert litezoo("report") == 4
+    assert "no results in benchmarks/results yet; measure first" in capsys.readouterr().err
+    append_rows([ROW], Path("benchmarks/results"))
+    assert litezoo("report", "--out", "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"written": "page.html", "rows": 1}
+    assert "<h1>litezoo results</h1>" in (here / "page.html").read_text()
+
+
+# ------------------------------------------------------------------------------- engines for real
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A protocol of an instant; the numbers are not looked at."""
+    values = {"BLOCK_S": 0.002, "IDLE_S": 0.0, "MIN_ROUNDS": 2, "MIN_SECONDS": 0.004}
+    values |= {"MIN_RUNS": 4, "WARMUP_BLOCK_S": 0.001, "WARMUP_LIMIT_S": 0.005}
+    for name, value in values.items():
+        monkeypatch.setattr(protocol, name, value)
+
+
+def test_engines_are_measured_beside_pytorch_in_both_forms(here, for_cpu, short, capsys):
+    words = ("--pytorch", "--batch", 1, 3, "--threads", 1, "--results", "results", "--json")
+    assert litezoo("bench", for_cpu, *words) == 0
+    shown = json.loads(capsys.readouterr().out)
+    rows = read_rows([here / "results" / "cpu.jsonl"])
+    labels = [
+        "pytorch fp32 train",
+        "pytorch fp32 deploy",
+        "openvino fp32 deploy",
+        "onnxruntime fp32 deploy",
+    ]
+    assert [row.label for row in rows] == 2 * labels
+    assert [row.batch for row in rows] == 4 * [1] + 4 * [3]
+    assert len(shown) == 8 and shown[5]["runtime"] == "pytorch" and shown[5]["p50_ms"] > 0
+    top1 = read_artifact(for_cpu).engines[0].accuracy.top1_percent
+    for row in rows:
+        assert row.artifact_sha256 == file_sha256(for_cpu / "manifest.json")
+        assert row.top1_percent == top1 and row.weights == "trained"
+        assert row.resolution == (1, 32, 32) and row.threads == 1
+        assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms and row.images_per_s > 0
+        assert row.ratio > 0 and row.ratio_to == "repvgg_tiny pytorch fp32 train"
+    assert [row.ratio for row in rows[::4]] == [1.0, 1.0]
+
+
+def test_the_table_ends_with_three_lines_that_use_the_engine(here, for_cpu, short, capsys):
+    words = ("--batch", 1, "--threads", 1)
+    assert litezoo("bench", for_cpu, *words) == 0
+    text = capsys.readouterr().out
+    assert "p50 ms" in text and "1.00x" in text
+    assert "appended 2 rows to benchmarks/results/cpu.jsonl" in text
+    snippet = text.partition("use it:\n")[2]
+    lines = [line.strip() for line in snippet.strip().splitlines()]
+    assert len(lines) == 3
+    exec("\n".join(lines), {})
+    assert re.fullmatch(r"\[\d\]", capsys.readouterr().out.strip())
+
+
+def test_both_forms_of_pytorch_compute_the_same_as_the_engines(for_cpu):
+    batch = np.random.default_rng(0).standard_normal((2, 1, 32, 32)).astype(np.float32)
+    sessions = [c.session for c in pytorch_candidates(for_cpu, threads=1)]
+    sessions += [c.session for c in candidates_of(for_cpu, threads=1)]
+    assert len(sessions) == 4
+    first, *others = [session.run(batch) for session in sessions]
+    for other in others:
+        assert np.abs(other - first).max() <= 1e-4 * np.abs(first).max()
+
+
+def test_pytorch_is_measured_with_random_weights_where_the_checkpoint_is_gone(for_cpu, tmp_path):
+    copy = shutil.copytree(for_cpu, tmp_path / "copy")
+    moved = dataclasses.replace(read_artifact(copy), weights=str(tmp_path / "gone.ckpt"))
+    (copy / "manifest.json").write_text(moved.to_json())
+    train, deploy = pytorch_candidates(copy, threads=1)
+    assert (train.graph_form, deploy.graph_form) == ("train", "deploy")
+    assert train.session.run(np.zeros((2, 1, 32, 32), np.float32)).shape == (2, 10)
+
+
+def test_random_weights_have_no_accuracy(for_cpu, tmp_path):
+    copy = shutil.copytree(for_cpu, tmp_path / "copy")
+    moved = dataclasses.replace(read_artifact(copy), weights=str(tmp_path / "gone.ckpt"))
+    (copy / "manifest.json").write_text(moved.to_json())
+    assert [c.top1_percent for c in pytorch_candidates(copy, threads=1)] == [None, None]
+
+
+def test_a_changed_engine_is_not_measured(for_cpu, tmp_path, capsys):
+    copy = shutil.copytree(for_cpu, tmp_path / "copy")
+    (copy / "openvino.fp32.bin").write_bytes(b"")
+    words = ("--threads", 1, "--results", tmp_path / "results")
+    assert litezoo("bench", copy, *words) == 3
+    assert "openvino.fp32.bin was changed" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_kit_has_nothing_to_measure_here(tmp_path_factory):
+    with pytest.raises(MissingError, match="has no engine that can run here: runtime 'tensorrt'"):
+        candidates_of(exported(tmp_path_factory, "t4"), threads=1)
+
+
+def test_exported_artifacts_are_found_by_device_and_model(here, for_cpu, short, capsys):
+    assert litezoo("bench", "--device", "cpu") == 4
+    text = capsys.readouterr().err
+    assert text.endswith(
+        "litezoo: nothing is exported for cpu; type: litezoo export --device cpu\n"
+    )
+    shutil.copytree(for_cpu, here / "artifacts" / "repvgg_tiny" / "cpu")
+    words = ("--device", "cpu", "--threads", 1, "--batch", 1)
+    assert litezoo("bench", *words) == 0
+    assert litezoo("bench", *words, "--models", "repvgg_tiny") == 0
+    assert len(read_rows([here / "benchmarks" / "results" / "cpu.jsonl"])) == 4
+    assert litezoo("bench", *words, "--models", "repvgg_a1") == 4
+    assert "type: litezoo export repvgg_a1 --device cpu" in capsys.readouterr().err
+    assert litezoo("bench", *words, "--models", "repvg_a1") == 2
+    assert "did you mean 'repvgg_a1'" in capsys.readouterr().err
+    assert litezoo("bench", "nowhere") == 2
+    assert "nowhere is no artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch", 0),
+        ("--batch", -1),
+        ("--batch", 1, 0),
+        ("--threads", 0),
+        ("--threads", 0, "--pytorch"),
+        ("--threads", -1),
+    ],
+    ids=str,
+)
+def test_fewer_than_one_image_or_thread_is_refused(here, for_cpu, short, capsys, words):
+    assert litezoo("bench", for_cpu, *words) == 2
+    assert "both need to be 1 or more" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    yield
+    torch.set_num_threads(1)
