@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,19 @@ from litezoo.recipes.devices import Device
 from .runtime import Array, Session
 
 __all__ = ["RUNTIME"]
+
+
+@cache
+def _core() -> Any:
+    """Return the process's one Core, never dropped.
+
+    Each Core's CPU plugin puts up a signal stack and puts back the one before when it goes: two
+    with crossed lives leave the process a freed one, and the next signal (a worker's end, Ctrl-C)
+    is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class _Session:
@@ -63,16 +77,14 @@ class OpenVino:
         """Load and compile for this CPU."""
         if (reason := self.missing(device)) is not None:
             raise MissingError(reason)
-        import openvino
-
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",  # without it a bf16 CPU runs fp32 files in bf16
             "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            core = openvino.Core()
-            return _Session(core.compile_model(core.read_model(files[0]), "CPU", settings))
+            model = _core().read_model(files[0])
+            return _Session(_core().compile_model(model, "CPU", settings))
         except Exception as error:
             raise CheckFailed(f"openvino refuses {files[0]}: {error}") from error
 

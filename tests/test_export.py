@@ -1095,3 +1095,21 @@ print([name for name in heavy if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_a_signal_after_two_engines_with_crossed_lives_does_no_harm(for_cpu):
+    # OpenVINO's plugin puts up a signal stack; a freed one is a segmentation fault
+    code = """
+import gc, os, signal, sys, litezoo
+signal.signal(signal.SIGUSR1, lambda *_: print("still here"))
+first, second = (litezoo.load(sys.argv[1], runtime="openvino") for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(for_cpu)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "still here\n"), done.stderr
