@@ -20,7 +20,8 @@ _COLUMNS = (
     "top1_percent", "weights", "protocol", "date",
 )  # fmt: skip
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem;color:#1a1a1a}
-table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;white-space:nowrap;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;white-space:nowrap;
+border-bottom:1px solid #ddd}
 th{text-align:left;position:sticky;top:0;background:#fff}td.n{text-align:right}"""
 
 
