@@ -71,14 +71,15 @@ def read_rows(files: Iterable[Path]) -> list[Measurement]:
 
 
 def latest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Keep the newest row of each set of conditions, in the order of first appearance."""
+    """Keep the newest row (by date) of each set of conditions, in order of first appearance."""
     newest: dict[tuple[object, ...], Measurement] = {}
     for row in rows:
         key = (
             row.device, row.machine.cpu, row.model, row.resolution, row.runtime, row.precision,
-            row.graph_form, row.batch, row.threads,
+            row.graph_form, row.batch, row.threads, row.weights, row.protocol,
         )  # fmt: skip
-        newest[key] = row
+        if key not in newest or row.date >= newest[key].date:
+            newest[key] = row
     return list(newest.values())
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from litezoo.models.catalogue import ModelSpec, Preprocess, get_spec, resolve_name
 from litezoo.models.create import create_model
-from litezoo.models.errors import MissingError, UsageError
+from litezoo.models.errors import CheckFailed, MissingError, UsageError
 from litezoo.models.files import file_sha256, write_whole
 from litezoo.models.fuse import fuse_with_report, graph_form
 from litezoo.models.weights import read_checkpoint
@@ -415,9 +415,11 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             os.replace(out, old)
         os.replace(scratch, out)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not out.exists():
             os.replace(old, out)
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, CheckFailed):
+            raise CheckFailed(f"{error}; nothing was written") from error
         raise
     shutil.rmtree(old, ignore_errors=True)

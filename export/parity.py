@@ -41,7 +41,7 @@ class Parity:
         if not self.max_relative_error <= self.tolerance:
             raise CheckFailed(
                 f"{self.stage} differs from {self.reference} by {self.max_relative_error:.1e} "
-                f"(relative), more than {self.tolerance:.0e}; nothing was written"
+                f"(relative), more than {self.tolerance:.0e}"
             )
 
 
@@ -57,11 +57,10 @@ def check_parity(
     """Compare logits (N, classes); a difference above `tolerance`, or NaN, raises CheckFailed."""
     if logits.shape != expected.shape:
         raise CheckFailed(
-            f"{stage} gives outputs of shape {logits.shape}, {reference} of {expected.shape}; "
-            "nothing was written"
+            f"{stage} gives outputs of shape {logits.shape}, {reference} of {expected.shape}"
         )
     if not np.isfinite(logits).all():
-        raise CheckFailed(f"{stage} gives NaN or infinite outputs; nothing was written")
+        raise CheckFailed(f"{stage} gives NaN or infinite outputs")
     got, want = logits.astype(np.float64), expected.astype(np.float64)
     tiny = np.finfo(np.float64).tiny
     norms = np.maximum(np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1), tiny)
@@ -92,7 +91,7 @@ def check_batches(
         if got.shape != want.shape:
             raise CheckFailed(
                 f"{stage} at batch {size} gives outputs of shape {got.shape}, {reference} of "
-                f"{want.shape}; nothing was written"
+                f"{want.shape}"
             )
     return check_parity(
         stage,

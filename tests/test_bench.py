@@ -480,6 +480,11 @@ def test_the_newest_row_of_each_set_of_conditions_counts():
     assert latest(rows) == rows[2:]
 
 
+def test_an_older_row_read_later_does_not_count():
+    old = row(date="2020-01-01T00:00:00+00:00", p50_ms=1.0)
+    assert latest([ROW, old]) == [ROW]
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -491,6 +496,8 @@ def test_the_newest_row_of_each_set_of_conditions_counts():
         {"graph_form": "train"},
         {"batch": 2},
         {"threads": 1},
+        {"weights": "elsewhere"},
+        {"protocol": "another"},
         {"machine": dataclasses.replace(ROW.machine, cpu="Another")},
     ],
     ids=lambda values: next(iter(values)),
