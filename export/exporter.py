@@ -38,7 +38,7 @@ from .artifact import EXPECTED, MANIFEST, Accuracy, Artifact, Engine, load_sessi
 from .parity import BATCHES, TOLERANCE, Parity, check_batches, check_parity
 from .runtime import Array, get_runtime
 from .to_fp16 import check_fp16_range, to_fp16
-from .to_onnx import INPUT, OUTPUT, export_onnx, simplify_onnx
+from .to_onnx import INPUT, OUTPUT, export_onnx, load_onnx, simplify_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -273,9 +273,7 @@ def _typed_onnx(
     progress: Callable[[str], None],
 ) -> tuple[dict[str, ModelProto], list[Parity]]:
     """Return one checked ONNX model for each precision, and the parity of every stage."""
-    device = get_device("cpu")
-    reference = get_runtime("onnxruntime")
-    if (reason := reference.missing(device)) is not None:
+    if (reason := get_runtime("onnxruntime").missing(get_device("cpu"))) is not None:
         raise MissingError(reason)
     metadata = {
         "litezoo.model": source.spec.name,
@@ -291,20 +289,13 @@ def _typed_onnx(
         progress("typing float16")
         check_fp16_range(fp32, images)
         protos["fp16"] = to_fp16(fp32)
-    for precision, proto in protos.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "model.onnx"
-            file.write_bytes(proto.SerializeToString())
-            session = reference.load([file], device=device)
-            parities.append(
-                check_batches(
-                    f"onnx {precision}", session.run, images, expected,
-                    tolerance=TOLERANCE[precision],
-                )
-            )  # fmt: skip
-    return {name: protos[name] for name in precisions}, [
-        p for p in parities if p.stage.removeprefix("onnx ") in (*precisions, "onnxsim")
+    parities += [
+        check_batches(
+            f"onnx {precision}", load_onnx(proto), images, expected, tolerance=TOLERANCE[precision]
+        )
+        for precision, proto in protos.items()
     ]
+    return {name: protos[name] for name in precisions}, parities
 
 
 def _build_engines(

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from litezoo.models.errors import UsageError
+from litezoo.models.files import file_sha256, write_whole
 from litezoo.recipes.devices import Device
 
 from . import build_engine
-from .build_engine import Settings, trtexec_command, write_whole
+from .build_engine import Settings, trtexec_command
 from .runtime import Array
 from .runtime_tensorrt import create_settings, read_signature
 
@@ -89,7 +90,7 @@ def write_kit(
         "device": device.name,
         "expected": "expected.npz",
         "engines": [dataclasses.asdict(settings) for settings in engines],
-        "files": {name: build_engine.sha256_of(folder / name) for name in sorted(contents)},
+        "files": {name: file_sha256(folder / name) for name in sorted(contents)},
     }
     write_whole(folder / "kit.json", (json.dumps(kit, indent=2) + "\n").encode())
     return tuple(folder / name for name in (*contents, "kit.json"))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from litezoo.models.errors import CheckFailed, LitezooError, MissingError, UsageError, require
+from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device
 
 from . import build_engine
@@ -194,7 +195,7 @@ class TensorRT:
             compute_capability=settings.compute_capability,
             tensorrt_version=environment.tensorrt_version,
         )
-        build_engine.write_whole(file, plan)
+        write_whole(file, plan)
         return (file,)
 
     def load(self, files: Sequence[Path], *, device: Device, threads: int | None = None) -> Session:

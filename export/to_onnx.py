@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ from .runtime import Array
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["INPUT", "OPSET", "OUTPUT", "export_onnx", "run_onnx", "simplify_onnx"]
+__all__ = ["INPUT", "OPSET", "OUTPUT", "export_onnx", "load_onnx", "simplify_onnx"]
 
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
@@ -83,14 +83,19 @@ def _finish(proto: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
     return proto
 
 
-def run_onnx(proto: ModelProto, images: Array) -> Array:
-    """Return the logits of an ONNX model in memory, by ONNX Runtime on the CPU."""
+def load_onnx(proto: ModelProto) -> Callable[[Array], Array]:
+    """Return an ONNX model in memory as a function, run by ONNX Runtime on the CPU."""
     runtime = require("onnxruntime", purpose="checking ONNX files", extra="export")
     session = runtime.InferenceSession(
         proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    logits: Array = np.asarray(session.run(None, {session.get_inputs()[0].name: images})[0])
-    return logits
+    name = session.get_inputs()[0].name
+
+    def run(images: Array) -> Array:
+        logits: Array = np.asarray(session.run(None, {name: images})[0])
+        return logits
+
+    return run
 
 
 def simplify_onnx(proto: ModelProto, images: Array) -> tuple[ModelProto, Parity]:
@@ -102,8 +107,8 @@ def simplify_onnx(proto: ModelProto, images: Array) -> tuple[ModelProto, Parity]
     simplified = _finish(simplified, metadata)
     parity = check_parity(
         "onnxsim",
-        run_onnx(simplified, images),
-        run_onnx(proto, images),
+        load_onnx(simplified)(images),
+        load_onnx(proto)(images),
         reference="the ONNX file before it",
         tolerance=1e-5,
     )

@@ -197,8 +197,5 @@ def get_spec(name: str) -> ModelSpec:
     litezoo.models.errors.UsageError: unknown model 'repvgg_a9'; did you mean 'repvgg_a2'? (see: litezoo list)
     """  # noqa: E501
     if name not in _registry():
-        raise UsageError(
-            str(unknown_name("model", name, _registry())).split(" (known")[0]
-            + " (see: litezoo list)"
-        )
+        raise unknown_name("model", name, _registry(), see="litezoo list")
     return _registry()[name]

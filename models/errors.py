@@ -38,8 +38,12 @@ class MissingError(LitezooError):
     exit_status = 4
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, see: str | None = None
+) -> UsageError:
     """Return the error for a name that is not in `known`, with the nearest name that is.
+
+    The known names are listed, or where they are many the command `see` that lists them is named.
 
     >>> str(unknown_name("device", "t44", ["cpu", "t4"]))
     "unknown device 't44'; did you mean 't4'? (known: cpu, t4)"
@@ -47,7 +51,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)})")
+    where = f"known: {', '.join(names)}" if see is None else f"see: {see}"
+    return UsageError(f"unknown {kind} {name!r}{guess} ({where})")
 
 
 def wrong_words(message: str, known_options: Iterable[str]) -> UsageError:
