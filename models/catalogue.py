@@ -93,7 +93,11 @@ class ModelSpec:
     """One variant: how it is built and what is known of it.
 
     Counts are exact, of the 1000-class network; `macs_m` are millions of multiply-accumulates of
-    the deploy form at `resolution`; the `paper_` figures are the publication's own.
+    the deploy form at `resolution`; the `paper_` figures are the publication's own, and `differs`
+    says in a sentence where this network is not the paper's. `references` names the same network in
+    other libraries, {"timm": name, "torchvision": name}: tests hold it to be equal to those.
+    `first_convs` are the convolutions that see the image; `exempt` gives, for a duty of the
+    contract in tests/test_models.py that this model can not fulfil, the reason.
     """
 
     name: str
@@ -111,6 +115,8 @@ class ModelSpec:
     paper_source: str = ""
     first_convs: tuple[str, ...] = ()
     weights: tuple[Weights, ...] = ()
+    differs: str = ""
+    references: Mapping[str, str] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
     def build(

@@ -135,17 +135,8 @@ class DeployBlock(nn.Sequential):
 
 
 def make_conv(kernel: Kernel, *, like: nn.Conv2d) -> nn.Conv2d:
-    """Return a convolution with this kernel; stride, dtype, device and layout as in `like`."""
-    size = kernel.weight.shape[-1]
-    conv = nn.Conv2d(
-        like.in_channels,
-        like.out_channels,
-        size,
-        stride=like.stride[0],
-        padding=size // 2,
-        groups=like.groups,
-        device="meta",
-    )
+    """Return a convolution with this kernel; all but weight and bias as in `like`."""
+    conv = copy.deepcopy(like)
     channels_last = like.weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     weight = kernel.weight.detach().to(like.weight.dtype).contiguous(memory_format=layout)
@@ -238,7 +229,7 @@ def fuse_with_report(model: nn.Module) -> Fused:
             raise UsageError("this model is in deploy form already: it was fused before")
         raise UsageError(
             f"{type(model).__name__} has nothing to fuse: it contains no FusableBlock such as "
-            "RepVGGBlock"
+            "ConvBN"
         )
     deploy = convert(copy.deepcopy(model), "")
     return Fused(model=deploy.eval(), blocks=tuple(blocks))

@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -33,11 +34,11 @@ from .fuse import (
     FusableBlock,
     Kernel,
     fold_bn,
-    fold_conv_bn,
     identity_kernel,
     make_conv,
     pad_to,
 )
+from .layers import ConvBN, SqueezeExcite, relu
 
 __all__ = ["KEY_LAYOUTS", "RepVGG", "RepVGGBlock"]
 
@@ -62,42 +63,6 @@ KEY_LAYOUTS = {
 }
 
 
-class SqueezeExcite(nn.Module):
-    """Channel gate x * sigmoid(fc2(relu(fc1(mean(x))))), arXiv 1709.01507; (N, C, H, W)."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.act = nn.ReLU(inplace=True)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-        self.gate = nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the gated map, same shape."""
-        squeezed: Tensor = self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True))))
-        gate: Tensor = self.gate(squeezed)
-        return x * gate
-
-
-class ConvBN(nn.Sequential):
-    """A bias-free square convolution, padded to keep the size, with its BatchNorm."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
-
-    def __init__(
-        self, in_channels: int, out_channels: int, size: int, *, stride: int, groups: int
-    ) -> None:
-        conv = nn.Conv2d(
-            in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False
-        )
-        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
-
-    def kernel(self) -> Kernel:
-        """Return both as one kernel."""
-        return fold_conv_bn(self.conv, self.bn)
-
-
 class RepVGGBlock(FusableBlock):
     """One layer in train form, (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
@@ -111,14 +76,15 @@ class RepVGGBlock(FusableBlock):
         squeeze_excite: bool = False,
     ) -> None:
         super().__init__()
-        self.branch_3x3 = ConvBN(in_channels, out_channels, 3, stride=stride, groups=groups)
-        self.branch_1x1 = ConvBN(in_channels, out_channels, 1, stride=stride, groups=groups)
+        branch = partial(ConvBN, in_channels, out_channels, stride=stride, groups=groups, act=None)
+        self.branch_3x3 = branch(3)
+        self.branch_1x1 = branch(1)
         keeps_shape = in_channels == out_channels and stride == 1
         self.branch_identity = nn.BatchNorm2d(in_channels) if keeps_shape else None
         self.se = (
             SqueezeExcite(out_channels, max(1, out_channels // 16)) if squeeze_excite else None
         )
-        self.act = nn.ReLU(inplace=True)
+        self.act = relu()
 
     @property
     def in_channels(self) -> int:
@@ -152,7 +118,7 @@ class RepVGGBlock(FusableBlock):
         layers["conv"] = make_conv(self.kernel(), like=self.branch_3x3.conv)
         if self.se is not None:
             layers["se"] = copy.deepcopy(self.se)
-        layers["act"] = nn.ReLU(inplace=True)
+        layers["act"] = relu()
         return DeployBlock(layers)
 
 

@@ -79,6 +79,7 @@ SPECS = tuple(
         paper_source=source,
         first_convs=("stem.branch_3x3.conv", "stem.branch_1x1.conv"),
         weights=_weights(name),
+        references={"timm": f"repvgg_{name}"} if name in _TIMM_TOP1 else {},
     )
     for name, depths, a, b, groups, squeeze_excite, train, deploy, macs_m,
         paper_params_m, paper_macs_m, top1, source in _ROWS

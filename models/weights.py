@@ -164,12 +164,23 @@ def _counters(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
+def _linear_or_conv(value: Tensor, wanted: Tensor | None) -> Tensor:
+    """Return a linear layer's weight as a convolution's, or the other way, where that is asked."""
+    if wanted is None or {value.ndim, wanted.ndim} != {2, 4}:
+        return value
+    same = value.shape[0] == wanted.shape[0] and value.numel() == wanted.numel()
+    return value.reshape(wanted.shape) if same else value
+
+
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], spec: ModelSpec, wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return `state_dict` under the keys of `wanted` (a state dict of the network).
 
-    BatchNorm's batch counters may be absent. A UsageError names the first key that has no partner.
+    The layouts are the `KEY_LAYOUTS` of the family's module, {layout: ((pattern, replacement),
+    ...)}: regular expressions applied in order. A linear layer may stand for a convolution and the
+    other way. BatchNorm's batch counters may be absent. A UsageError names the first key that has
+    no partner.
     """
     family = importlib.import_module(spec.factory.partition(":")[0])
     layouts = {"litezoo": (), **getattr(family, "KEY_LAYOUTS", {})}
@@ -186,7 +197,7 @@ def convert_state_dict(
                     f"these weights name {name} twice, the second time as {key}; keep one layout"
                 )
             if name in wanted or not _counters(name):
-                renamed[name] = value
+                renamed[name] = _linear_or_conv(value, wanted.get(name))
         given = {key for key in renamed if not _counters(key)}
         if given == needed:
             return renamed

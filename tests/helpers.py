@@ -36,3 +36,35 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def images(*shape, seed=0, dtype=torch.float32):
     """Return seeded normal noise (N, C, H, W)."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def on_meta(create, name, **options):
+    with torch.device("meta"):
+        return create(name, **options).eval()
+
+
+@torch.no_grad()
+def fill(model, seed=0):
+    """Give a model made on the meta device He-normal weights and shaken BatchNorms.
+
+    Layers are slices of one pool of noise: drawing 123 million numbers would take seconds.
+    """
+    pool = images(2**24 + 2**21, seed=seed)
+    model.to_empty(device="cpu")
+    for index, parameter in enumerate(model.parameters()):
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
+        noise = pool[index * 997 :][: parameter.numel()].view(parameter.shape)
+        torch.mul(noise, (2 / fan_in) ** 0.5, out=parameter.data)
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(7)
+    return shake(model, seed)
+
+
+@torch.no_grad()
+def poison(model):
+    """Give a model made on the meta device NaN everywhere: what is not loaded shows."""
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(float("nan") if value.is_floating_point() else -1)
+    return model
