@@ -53,13 +53,19 @@ RECIPES = Path(__file__).parent / "train"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """timm's `create_optimizer_v2`: 1-D tensors and biases get no weight decay."""
+    """timm's `create_optimizer_v2`: 1-D tensors and biases get no weight decay.
+
+    `eps`, `alpha` and `betas` are the optimizer's own, None for its default.
+    """
 
     opt: str = "sgd"
     lr: float = 0.1
     weight_decay: float = 1e-4
     momentum: float = 0.9
     layer_decay: float | None = None
+    eps: float | None = None
+    alpha: float | None = None
+    betas: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +310,8 @@ class ClassifierModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return timm's optimizer and schedule."""
-        optimizer = create_optimizer_v2(self.net, **dataclasses.asdict(self.optimizer_config))
+        given = dataclasses.asdict(self.optimizer_config).items()
+        optimizer = create_optimizer_v2(self.net, **{k: v for k, v in given if v is not None})
         epochs = self.trainer.max_epochs or 1
         steps = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
         scheduler, _ = create_scheduler_v2(

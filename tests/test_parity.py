@@ -1,4 +1,4 @@
-"""The zoo against timm and torchvision, independently written: same weights, same numbers.
+"""The zoo against timm, torchvision and pytorchcv, independently written: same weights and numbers.
 
 A spec's `references` says which network of which library is the same. Weights are random and every
 BatchNorm is shaken; all keys have to be used on both sides. How many were compared stands in the
@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from helpers import fill, images, on_meta, poison, relative_error
+from pytorchcv.model_provider import get_model as pytorchcv_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,6 +26,7 @@ BOUND = 1e-5
 LIBRARIES = {
     "timm": timm.create_model,
     "torchvision": lambda name: torchvision.models.get_model(name, weights=None),
+    "pytorchcv": pytorchcv_model,
 }
 PAIRS = [
     pytest.param(name, library, theirs, id=f"{name}-{library}")
