@@ -10,7 +10,7 @@ DATA ?= digits
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint types docs wheel export bench profile guidelines pick report readme clean FORCE
+.PHONY: help install demo test check lint types docs wheel export bench profile guidelines pick report digits readme clean FORCE
 
 help: ## list the targets
 	@echo "litezoo: lightweight CNNs from recipe to verified, measured engine"
@@ -53,11 +53,14 @@ pick: $(STAMP) ## ranked backbones under a budget: make pick DEVICE=t4 LATENCY_M
 report: $(STAMP) ## one self-contained HTML page of all results: report.html
 	$(ZOO) report $(ARGS)
 
+digits: $(STAMP) ## train every family on the embedded digits: docs/digits.md (half an hour)
+	$(BIN)/python tests/train_families.py
+
 readme: $(STAMP) ## refresh the README's table from benchmarks/results
 	$(ZOO) report --readme README.md
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from torch import nn
 from litezoo.models.catalogue import ModelSpec, Preprocess, get_spec, resolve_name
 from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
+from litezoo.models.fetch import find_weights
 from litezoo.models.files import file_sha256, write_whole
 from litezoo.models.fuse import fuse_with_report, graph_form
 from litezoo.models.weights import read_checkpoint
@@ -71,12 +72,12 @@ def choose_source(model: str | None, weights: str | None) -> tuple[str, str]:
             return info.model, str(checkpoint)
     name = "repvgg_a0" if model is None else resolve_name(model)
     spec = get_spec(name)
-    if not spec.weights:
+    if not spec.is_pretrained:
         raise MissingError(
             f"{name} has no public weights and no run here; type one of: `litezoo train {name}`, "
             "`--weights FILE`, `--weights random` (untrained, for measuring speed)"
         )
-    return name, spec.weights[0].tag
+    return name, spec.get_weights().tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class _Source:
     data: str | None
 
 
-def _load_source(model: str, weights: str) -> _Source:
+def _load_source(model: str, weights: str, allow_license: tuple[str, ...]) -> _Source:
     spec = get_spec(model)
     if weights == "random":
         torch.manual_seed(0)
@@ -103,22 +104,20 @@ def _load_source(model: str, weights: str) -> _Source:
             preprocess=Preprocess(input_size=(3, spec.resolution, spec.resolution)),
             classes=(), data=None,
         )  # fmt: skip
-    network = create_model(model, weights=weights)
-    tags = {entry.tag: entry for entry in spec.weights}
-    if weights in tags:
-        return _Source(
-            spec=spec, model=network, weights=weights, sha256=tags[weights].sha256,
-            preprocess=tags[weights].preprocess, classes=(), data=None,
-        )  # fmt: skip
-    checkpoint = read_checkpoint(Path(weights))
+    file, entry = find_weights(spec, weights, allow_license=allow_license)
+    checkpoint = read_checkpoint(file)
     info = checkpoint.info
-    side = spec.resolution
+    preprocess = Preprocess(input_size=(3, spec.resolution, spec.resolution))
+    if entry is not None:
+        preprocess = entry.preprocess
+    elif info is not None:
+        preprocess = info.preprocess
     return _Source(
         spec=spec,
-        model=network,
-        weights=weights,
+        model=create_model(model, weights=file),
+        weights=weights if entry is None else entry.tag,
         sha256=checkpoint.sha256,
-        preprocess=info.preprocess if info else Preprocess(input_size=(3, side, side)),
+        preprocess=preprocess,
         classes=info.classes if info else (),
         data=info.data if info else None,
     )
@@ -165,6 +164,7 @@ def export(
     precision: str = "auto",
     engine: EngineRequest = "auto",
     accuracy_images: int = 2000,
+    allow_license: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
 ) -> Artifact:
     """Export a network for a device and return the artifact written to `out`.
@@ -172,11 +172,12 @@ def export(
     Args:
         model: name of the model.
         device: name of the device.
-        weights: tag, checkpoint file, or "random" (untrained, for measuring speed).
+        weights: "default", tag, URL, checkpoint file, or "random" (untrained, for measuring speed).
         out: folder of the artifact; an older artifact there is replaced.
         precision: one of the device's, or "auto" for all of them.
         engine: "require" refuses to write a build kit instead of an engine.
         accuracy_images: most images of the test split to compare top-1 on.
+        allow_license: licences of weights that are accepted by name.
         progress: called with each step's name.
 
     Raises CheckFailed where a stage's output differs, MissingError where something is not here.
@@ -192,7 +193,7 @@ def export(
             raise MissingError(f"no engine for {device} can be built here: {reason}")
 
     progress(f"loading {spec.name} ({weights})")
-    source = _load_source(model, weights)
+    source = _load_source(model, weights, tuple(allow_license))
     train_form = source.model.eval()
     images, note = _probe_images(source)
 

@@ -6,22 +6,35 @@ the table of its variants (this module's nouns, no torch) and `<family>.py` the 
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import fnmatch
 import importlib
+import importlib.resources
+import io
 import pkgutil
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from .errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from .classifier import ImageClassifier
 
-__all__ = ["ModelSpec", "Preprocess", "Weights", "get_spec", "list_models", "resolve_name"]
+__all__ = [
+    "FREE_LICENCES",
+    "ModelSpec",
+    "Preprocess",
+    "Weights",
+    "get_spec",
+    "list_models",
+    "resolve_name",
+]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
@@ -68,24 +81,54 @@ class Preprocess:
             raise UsageError(f"not a preprocessing record: {error}") from error
 
 
+#: Licences under which a file may be used for anything; any other has to be accepted by name.
+FREE_LICENCES = frozenset({"Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """One public checkpoint and what is claimed of it, with who says so.
 
-    `hub_id` is a Hugging Face repository; `layout` names the key layout of its state dict.
+    `source` is a Hugging Face repository ("owner/name", then `filename` and `revision` count) or a
+    URL. `digest` is what its publisher says of the file, "sha256:<hex>" or "sha1:<hex>", whole or
+    the first digits. `layout` names the key layout of its state dict. `licence` is an SPDX
+    identifier, or else says what is known. `unreadable` is the reason why litezoo knows the file
+    but can not load it.
     """
 
     tag: str
-    hub_id: str
+    source: str
     licence: str
-    top1_percent: float
+    top1_percent: float | None
     top1_source: str
     layout: str
+    digest: str = ""
     filename: str = "model.safetensors"
     revision: str = "main"
-    sha256: str | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)
     num_classes: int = 1000
+    unreadable: str = ""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the licence allows any use, commercial use too."""
+        return self.licence in FREE_LICENCES
+
+    @property
+    def is_url(self) -> bool:
+        """Whether `source` is a URL, not a repository of the Hugging Face hub."""
+        return "://" in self.source
+
+    def check_licence(self, accepted: Collection[str], *, model: str) -> None:
+        """Raise a UsageError where the licence needs accepting and is not among `accepted`."""
+        if self.is_free or self.licence in accepted:
+            return
+        raise UsageError(
+            f"the weights {self.tag!r} of {model} are under the licence {self.licence!r}, which "
+            f"may forbid your use; read it at {self.source}, then accept it by name: "
+            f'allow_license="{self.licence}" (on the command line: --allow-license '
+            f"{shlex.quote(self.licence)})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +182,64 @@ class ModelSpec:
         )
         return network
 
-    def get_weights(self, tag: str) -> Weights:
-        """Look up a public checkpoint by its tag; an unknown tag is a UsageError."""
-        for weights in self.weights:
-            if weights.tag == tag:
-                return weights
+    def get_weights(self, tag: str = "default") -> Weights:
+        """Look up a public checkpoint by its tag; an unknown tag is a UsageError.
+
+        "default" is the first of `weights` that can be loaded.
+        """
         if not self.weights:
             raise UsageError(
                 f"{self.name} has no public weights to fetch; give the path of a checkpoint"
             )
+        if tag == "default":
+            for weights in self.weights:
+                if not weights.unreadable:
+                    return weights
+            raise UsageError(
+                f"none of the public weights of {self.name} can be loaded (see: litezoo info "
+                f"{self.name}); give the path of a checkpoint"
+            )
+        for weights in self.weights:
+            if weights.tag == tag:
+                return weights
         raise unknown_name(f"weights of {self.name}:", tag, [w.tag for w in self.weights])
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether public weights can be loaded."""
+        return any(not weights.unreadable for weights in self.weights)
+
+
+def _read_weights_table() -> Mapping[str, tuple[Weights, ...]]:
+    """Read models/weights.csv: the public checkpoints of every model, the default first."""
+    file = importlib.resources.files(__package__) / "weights.csv"
+    table: dict[str, tuple[Weights, ...]] = {}
+    for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))):
+        side = int(row["input_size"])
+        weights = Weights(
+            tag=row["tag"],
+            source=row["source"],
+            digest=row["digest"],
+            licence=row["licence"],
+            layout=row["layout"],
+            top1_percent=float(row["top1_percent"]) if row["top1_percent"] else None,
+            top1_source=row["top1_source"],
+            num_classes=int(row["num_classes"]),
+            unreadable=row["unreadable"],
+            preprocess=Preprocess(
+                input_size=(3, side, side),
+                crop_pct=float(row["crop_pct"]),
+                interpolation=cast(Interpolation, row["interpolation"]),
+                mean=_triple(row["mean"]),
+                std=_triple(row["std"]),
+            ),
+        )
+        table[row["model"]] = (*table.get(row["model"], ()), weights)
+    return table
+
+
+def _triple(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split())
 
 
 @cache
@@ -162,24 +253,55 @@ def _registry() -> Mapping[str, ModelSpec]:
     ]
     tables = [importlib.import_module(name).SPECS for name in sorted(modules)]
     tables += [point.load() for point in sorted(entry_points(group="litezoo.models"))]
+    public = _read_weights_table()
     registry: dict[str, ModelSpec] = {}
     for spec in (spec for table in tables for spec in table):
         if spec.name in registry:
             raise UsageError(f"two models are named {spec.name!r}; rename one of them")
-        registry[spec.name] = spec
+        weights = (*spec.weights, *public.get(spec.name, ()))
+        registry[spec.name] = dataclasses.replace(spec, weights=weights)
     return MappingProxyType(registry)
 
 
-def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Return the names that match a shell pattern, in the order of the tables.
+def list_models(
+    pattern: str = "*",
+    *,
+    pretrained: bool = False,
+    family: str | None = None,
+    max_params_m: float | None = None,
+    min_top1: float | None = None,
+    license: str | None = None,
+) -> list[str]:
+    """Return the names that match a shell pattern and every condition, in the order of the tables.
+
+    `pretrained`: public weights can be loaded. `max_params_m`: at most so many million parameters
+    in deploy form. `min_top1` (percent) and `license` ("free" for any that allows all use, or its
+    name): one and the same of the loadable weights fulfils both.
 
     >>> list_models("repvgg_a*")
     ['repvgg_a0', 'repvgg_a1', 'repvgg_a2']
+    >>> list_models(family="repvgg", max_params_m=13, min_top1=73)
+    ['repvgg_a1']
     """
+    families = {spec.family for spec in _registry().values()}
+    if family is not None and family not in families:
+        raise unknown_name("family", family, families)
+
+    def fits(weights: Weights) -> bool:
+        return (
+            not weights.unreadable
+            and (min_top1 is None or (weights.top1_percent or 0.0) >= min_top1)
+            and (license in (None, weights.licence) or (license == "free" and weights.is_free))
+        )
+
+    of_weights = pretrained or min_top1 is not None or license is not None
     return [
         name
         for name, spec in _registry().items()
-        if fnmatch.fnmatch(name, pattern) and (spec.weights or not pretrained)
+        if fnmatch.fnmatch(name, pattern)
+        and family in (None, spec.family)
+        and (max_params_m is None or spec.params_deploy <= max_params_m * 1e6)
+        and (not of_weights or any(map(fits, spec.weights)))
     ]
 
 

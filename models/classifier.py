@@ -70,7 +70,8 @@ class ImageClassifier(nn.Module):
     between the last stage and the pooling `final` (which then makes `num_features` channels), and
     where the head is not pooling and linear a `head` with the interface of timm's ClassifierHead.
     `feature_info` names, finest first, the modules (stem, stages.<i>, final) whose outputs are the
-    feature maps: {"num_chs": channels, "reduction": stride, "module": name}.
+    feature maps: {"num_chs": channels, "reduction": stride, "module": name}. `pretrained_cfg` is
+    what timm's data and hub functions read; `create_model` fills it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ImageClassifier(nn.Module):
         self.in_chans = in_chans
         self.num_features = num_features
         self.feature_info = feature_info
+        self.pretrained_cfg: dict[str, Any] = {}
         self.grad_checkpointing = False
         self.stem = stem
         self.stages = stages

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
-__all__ = ["file_sha256", "write_whole"]
+__all__ = ["file_sha256", "open_checkpoint", "write_whole"]
 
 
 def file_sha256(file: Path) -> str:
     """Return a file's sha256 as hexadecimal text."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_checkpoint(file: Path) -> io.BufferedReader | io.BytesIO:
+    """Open a file for reading; of a .zip (pytorchcv's releases) the only .pth in it."""
+    if file.suffix != ".zip":
+        return file.open("rb")
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".pth")]
+        if len(names) != 1:
+            raise zipfile.BadZipFile(f"{file} has {len(names)} .pth files, one is wanted")
+        return io.BytesIO(archive.read(names[0]))
 
 
 def write_whole(file: Path, content: bytes | str) -> Path:

@@ -60,6 +60,13 @@ KEY_LAYOUTS = {
         (r"\.se\.up\.", r".se.fc2."),
         (r"^linear\.", r"head.fc."),
     ),
+    "openmmlab": (
+        (r"^backbone\.", r""),
+        (r"^stage_([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        (r"\.(branch_\dx\d)\.norm\.", r".\1.bn."),
+        (r"\.branch_norm\.", r".branch_identity."),
+        (r"\.se_layer\.conv(\d)\.conv\.", r".se.fc\1."),
+    ),
 }
 
 

@@ -7,7 +7,7 @@ D2se are from the official repository (DingXiaoH/RepVGG), not from the paper.
 
 from __future__ import annotations
 
-from .catalogue import ModelSpec, Preprocess, Weights
+from .catalogue import ModelSpec
 
 _PAPER = "https://arxiv.org/abs/2101.03697"
 _A, _B, _D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
@@ -33,28 +33,8 @@ _ROWS = (
     ("d2se", _D,  2.5,  5.0, 1, 1, 133_334_836, 120_387_572, 32829.6,   None,  None,  None, _R),
 )  # fmt: skip
 
-# Converted from the official checkpoints (MIT) by timm; top-1 as timm measured it.
-_TIMM_TOP1 = {
-    "a0": 72.426, "a1": 74.474, "a2": 76.488, "b0": 75.158, "b1": 78.370, "b1g4": 77.608,
-    "b2": 78.788, "b2g4": 79.396, "b3": 80.528, "b3g4": 80.224, "d2se": 83.550,
-}  # fmt: skip
-
-
-def _weights(name: str) -> tuple[Weights, ...]:
-    if name not in _TIMM_TOP1:
-        return ()
-    preprocess = Preprocess(input_size=(3, 320, 320), crop_pct=1.0)
-    return (
-        Weights(
-            tag="rvgg_in1k",
-            hub_id=f"timm/repvgg_{name}.rvgg_in1k",
-            licence="MIT",
-            top1_percent=_TIMM_TOP1[name],
-            top1_source="timm results/results-imagenet.csv at aa4b5850 (2026-08-08)",
-            layout="timm",
-            preprocess=preprocess if name == "d2se" else Preprocess(),
-        ),
-    )
+#: The variants that timm has too.
+_TIMM = {"a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se"}
 
 
 SPECS = tuple(
@@ -78,8 +58,7 @@ SPECS = tuple(
         paper_top1_percent=top1,
         paper_source=source,
         first_convs=("stem.branch_3x3.conv", "stem.branch_1x1.conv"),
-        weights=_weights(name),
-        references={"timm": f"repvgg_{name}"} if name in _TIMM_TOP1 else {},
+        references={"timm": f"repvgg_{name}"} if name in _TIMM else {},
     )
     for name, depths, a, b, groups, squeeze_excite, train, deploy, macs_m,
         paper_params_m, paper_macs_m, top1, source in _ROWS

@@ -1,4 +1,4 @@
-"""Weights from disk and from the hub: read, converted to our key names, loaded whole or not at all.
+"""Weights from a file: read, converted to our key names, loaded whole or not at all.
 
 A state dict may use our keys or any layout in its family's `KEY_LAYOUTS`; which one is found from
 the keys. Every key has to be used on both sides.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import importlib
 import pickle
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .catalogue import ModelSpec, Preprocess, Weights
-from .errors import CheckFailed, MissingError, UsageError
-from .files import file_sha256
+from .catalogue import ModelSpec, Preprocess
+from .errors import UsageError
+from .files import file_sha256, open_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointInfo",
     "convert_state_dict",
-    "fetch_weights",
+    "count_classes",
     "load_state_dict",
     "read_checkpoint",
 ]
+
+#: Where checkpoints keep the state dict, averaged weights first: timm's and the official
+#: repositories' names, Lightning's.
+WRAPPINGS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model")
+
+#: The last linear layer of every classifier of the zoo.
+CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+
+#: What wrappers (DataParallel, Lightning modules) put before every key.
+PREFIXES = ("module.", "model.", "net.", "network.")
 
 #: The key of a training checkpoint under which `CheckpointInfo` lies.
 INFO_KEY = "litezoo"
@@ -100,7 +107,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
             content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with open_checkpoint(file) as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{file} is corrupt or holds more than tensors, which litezoo does not execute; save "
@@ -111,7 +119,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         raise UsageError(f"{file} is not a readable checkpoint: {reason}") from error
     info = content.pop(INFO_KEY, None) if isinstance(content, dict) else None
     record = None if info is None else CheckpointInfo.from_dict(info)
-    for key in ("state_dict", "model"):  # Lightning's and the official repositories' wrapping
+    for key in WRAPPINGS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if record is not None and isinstance(content, dict):
@@ -124,40 +132,12 @@ def read_checkpoint(file: Path) -> Checkpoint:
     return Checkpoint(state_dict=content, info=record, sha256=file_sha256(file))
 
 
-def fetch_weights(weights: Weights, *, model: str) -> Path:
-    """Download a public checkpoint into the hub's cache and return its path.
-
-    MissingError, with what to type instead, when it can not be fetched.
-    """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-    name, revision = weights.filename, weights.revision
-    try:
-        if not isinstance(try_to_load_from_cache(weights.hub_id, name, revision=revision), str):
-            _check_reachable(constants.ENDPOINT)  # the hub client alone retries for 20 s
-        file = Path(hf_hub_download(weights.hub_id, name, revision=revision))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise MissingError(
-            f"cannot fetch {weights.hub_id} from {constants.ENDPOINT} "
-            f"({type(error).__name__}: {reason}); type one of: "
-            f"`--weights FILE` (a checkpoint of yours), `litezoo train {model}` (then export that "
-            "run), `--weights random` (untrained, for measuring speed)"
-        ) from error
-    if weights.sha256 is not None and file_sha256(file) != weights.sha256:
-        raise CheckFailed(
-            f"{file} is not the published file (sha256 differs); delete it and try again"
-        )
-    return file
-
-
-def _check_reachable(endpoint: str) -> None:
-    """Raise OSError at once where the hub cannot be connected to (proxies are not looked at)."""
-    url = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies().get(url.scheme):
-        return
-    port = url.port or {"http": 80, "https": 443}[url.scheme]
-    socket.create_connection((url.hostname or "", port), timeout=10).close()
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Remove what a wrapper put before every key, as often as one did."""
+    for prefix in PREFIXES:
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            return _without_prefix({k.removeprefix(prefix): v for k, v in state_dict.items()})
+    return state_dict
 
 
 def _counters(key: str) -> bool:
@@ -173,64 +153,89 @@ def _linear_or_conv(value: Tensor, wanted: Tensor | None) -> Tensor:
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Tensor], spec: ModelSpec, wanted: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor],
+    spec: ModelSpec,
+    wanted: Mapping[str, Tensor],
+    *,
+    new_classifier: bool = False,
 ) -> dict[str, Tensor]:
     """Return `state_dict` under the keys of `wanted` (a state dict of the network).
 
     The layouts are the `KEY_LAYOUTS` of the family's module, {layout: ((pattern, replacement),
     ...)}: regular expressions applied in order. A linear layer may stand for a convolution and the
-    other way. BatchNorm's batch counters may be absent. A UsageError names the first key that has
-    no partner.
+    other way. BatchNorm's batch counters and the classifier's bias (then zero) may be absent; for a
+    network without classifier the file may have one, and with `new_classifier` the file may have
+    none. A UsageError names the first key that has no partner.
     """
     family = importlib.import_module(spec.factory.partition(":")[0])
     layouts = {"litezoo": (), **getattr(family, "KEY_LAYOUTS", {})}
-    best: tuple[int, str, dict[str, Tensor]] | None = None
+    state_dict = _without_prefix(state_dict)
+    best: tuple[int, str] | None = None
     needed = {key for key in wanted if not _counters(key)}
     for layout, rules in layouts.items():
-        renamed = {}
+        renamed: dict[str, Tensor] = {}
+        twice = ""
         for key, value in state_dict.items():
-            name = key.removeprefix("module.")
+            name = key
             for pattern, replacement in rules:
                 name = re.sub(pattern, replacement, name)
             if name in renamed:
-                raise UsageError(
-                    f"these weights name {name} twice, the second time as {key}; keep one layout"
-                )
+                twice = f"names {name} twice, the second time as {key}"
             if name in wanted or not _counters(name):
                 renamed[name] = _linear_or_conv(value, wanted.get(name))
+        if CLASSIFIER[1] in needed and CLASSIFIER[1] not in renamed and CLASSIFIER[0] in renamed:
+            renamed[CLASSIFIER[1]] = renamed[CLASSIFIER[0]].new_zeros(len(renamed[CLASSIFIER[0]]))
         given = {key for key in renamed if not _counters(key)}
-        if given == needed:
-            return renamed
-        unmatched = len(given ^ needed)
+        if not twice and given - set(CLASSIFIER) == needed - set(CLASSIFIER):
+            if given >= needed:
+                return renamed
+            if new_classifier:
+                return {**renamed, **{key: wanted[key] for key in CLASSIFIER}}
+            raise UsageError(
+                f"these weights of {spec.name} have no classifier; say how many classes a new one "
+                "shall have (num_classes=)"
+            )
+        missing, unknown = sorted(needed - given), sorted(given - needed)
+        unmatched = len(missing) + len(unknown) + bool(twice)
+        if missing:
+            problem = twice or f"lacks {missing[0]}"
+        else:
+            problem = twice or f"has {unknown[0]}, which the model has not"
         if best is None or unmatched < best[0]:
-            best = unmatched, layout, renamed
+            counts = f"({len(missing)} keys missing, {len(unknown)} unknown)"
+            best = unmatched, f"read in the {layout} layout, the file {problem} {counts}"
     assert best is not None
-    _, layout, renamed = best
-    missing = sorted(needed - set(renamed))
-    unknown = sorted(set(renamed) - set(wanted))
-    problem = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model has not"
-    raise UsageError(
-        f"these weights are not of {spec.name}: read in the {layout} layout, the file {problem} "
-        f"({len(missing)} keys missing, {len(unknown)} unknown)"
-    )
+    raise UsageError(f"these weights are not of {spec.name}: {best[1]}")
+
+
+def count_classes(
+    state_dict: Mapping[str, Tensor], spec: ModelSpec, wanted: Mapping[str, Tensor]
+) -> int | None:
+    """Return how many classes the weights' classifier has, None without one."""
+    converted = convert_state_dict(state_dict, spec, wanted, new_classifier=True)
+    weight = converted[CLASSIFIER[0]]
+    return None if weight is wanted[CLASSIFIER[0]] else len(weight)
 
 
 def load_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], spec: ModelSpec
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    spec: ModelSpec,
+    *,
+    new_classifier: bool = False,
 ) -> tuple[str, ...]:
     """Load weights of any known layout into a train-form classifier.
 
     Where the model was built for other classes than the weights, the classifier keeps its fresh
     initialisation; where for other input channels, the first kernels are adapted (summed for one
-    channel, repeated and rescaled for more, as timm does). Returns what was adapted, in words.
+    channel, repeated and rescaled for more, as timm does). `new_classifier` allows a file that has
+    no classifier at all. Returns what was adapted, in words.
     """
     from timm.models import adapt_input_conv
 
     wanted = model.state_dict()
     adapted: list[str] = []
-    converted = convert_state_dict(
-        state_dict, spec, {**wanted, **_head_placeholder(model, state_dict)}
-    )
+    converted = convert_state_dict(state_dict, spec, wanted, new_classifier=new_classifier)
     for name in spec.first_convs:
         key = f"{name}.weight"
         given, needed = converted[key].shape[1], wanted[key].shape[1]
@@ -243,8 +248,8 @@ def load_state_dict(
             )
         converted[key] = adapt_input_conv(needed, converted[key])
         adapted.append(f"{name}: {needed} input channels")
-    for key in [k for k in converted if k.startswith("head.fc.")]:
-        if key not in wanted or converted[key].shape != wanted[key].shape:
+    for key in CLASSIFIER:
+        if key in converted and (key not in wanted or converted[key].shape != wanted[key].shape):
             converted.pop(key)
             if key in wanted:
                 converted[key] = wanted[key]
@@ -258,13 +263,3 @@ def load_state_dict(
     counters = {k: v for k, v in wanted.items() if _counters(k)}
     model.load_state_dict({**counters, **converted}, strict=True)
     return tuple(adapted)
-
-
-def _head_placeholder(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A headless model still takes weights that have a classifier: name the keys to expect."""
-    if "head.fc.weight" in model.state_dict():
-        return {}
-    classifier = ("head.fc.", "linear.", "fc.", "classifier.")
-    if any(key.startswith(classifier) for key in state_dict):
-        return {"head.fc.weight": torch.empty(0), "head.fc.bias": torch.empty(0)}
-    return {}

@@ -208,6 +208,7 @@ class ClassifierModule(pl.LightningModule):
         name: str,
         *,
         weights: str | None = None,
+        allow_license: str | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
@@ -224,7 +225,9 @@ class ClassifierModule(pl.LightningModule):
 
         Args:
             name: model name (see: litezoo list).
-            weights: tag or checkpoint to fine-tune from (default: random initialisation).
+            weights: "default", tag, URL or checkpoint to fine-tune from (default: random
+                initialisation).
+            allow_license: licence of the weights that is accepted, where it needs accepting.
             num_classes: set from the data.
             in_chans: set from the data.
             drop_rate: dropout before the classifier.
@@ -240,7 +243,12 @@ class ClassifierModule(pl.LightningModule):
         super().__init__()
         self.name = name
         self.net: nn.Module = create_model(
-            name, weights=weights, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+            name,
+            weights=weights,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_rate=drop_rate,
+            allow_license=allow_license or (),
         )
         self.net.set_grad_checkpointing(grad_checkpointing)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -1,20 +1,41 @@
 """Run the README's commands as a new user would: python tests/run_readme.py README.md.
 
 Bash blocks run whole, Python blocks too; of the plain blocks only `make demo` runs (`make test` is
-another part of `make check`, and the other lines need a data set or a device).
+another part of `make check`, and the other lines need a data set or a device). The hub is a local
+one that has the pretrained backbone of the README, with random weights made by timm.
 """
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import timm
+from hub_server import HubServer
+from safetensors.torch import save
+
+from litezoo.models.catalogue import get_spec
+
+BACKBONE = "mobilenetv4_conv_small"
+
+
+def local_hub() -> HubServer:
+    weights = get_spec(BACKBONE).get_weights()
+    content = save(timm.create_model(BACKBONE).state_dict())
+    return HubServer({f"/{weights.source}/resolve/main/{weights.filename}": content})
 
 
 def main(readme: str) -> int:
     text = Path(readme).read_text(encoding="utf-8")
     binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "HF_ENDPOINT": local_hub().endpoint,
+        "HF_HOME": tempfile.mkdtemp(),
+    }
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands: list[list[str]] = []
     for language, code in blocks:

@@ -73,16 +73,41 @@ def test_all_models_are_listed(capsys):
     assert litezoo("list") == 0
     text = capsys.readouterr().out
     assert all(f" {name} " in text for name in list_models())
-    assert "72.41" in text and "rvgg_in1k (72.43)" in text
+    [row] = [line.split() for line in text.splitlines() if " repvgg_a0 " in line]
+    assert row[4:] == ["72.41", "rvgg_in1k", "72.43", "MIT"]
+
+
+def listed(capsys, *words):
+    assert litezoo("list", *words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_models_are_listed_by_pattern_and_by_weights(capsys):
-    assert litezoo("list", "repvgg_b2*", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == ["repvgg_b2", "repvgg_b2g2", "repvgg_b2g4"]
-    assert litezoo("list", "repvgg_b2*", "--pretrained", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == ["repvgg_b2", "repvgg_b2g4"]
-    assert litezoo("list", "mobile*") == 2
-    assert "no model matches 'mobile*' (see: litezoo list)" in capsys.readouterr().err
+    names = [entry["name"] for entry in listed(capsys, "repvgg_b2*")]
+    assert names == ["repvgg_b2", "repvgg_b2g2", "repvgg_b2g4"]
+    pretrained = listed(capsys, "repvgg_b2*", "--pretrained")
+    assert [entry["name"] for entry in pretrained] == ["repvgg_b2", "repvgg_b2g4"]
+    assert pretrained[0]["licence"] == "MIT" and pretrained[0]["top1_percent"] == 78.788
+    assert litezoo("list", "nothing*") == 2
+    assert "no model matches 'nothing*' and the conditions" in capsys.readouterr().err
+
+
+def test_models_are_listed_by_size_accuracy_and_licence(capsys):
+    small = listed(capsys, "--max-params-m", "4", "--min-top1", "73")
+    assert small and all(entry["params_deploy"] <= 4e6 for entry in small)
+    assert "mobilenetv4_conv_small" in {entry["name"] for entry in small}
+    assert {e["family"] for e in listed(capsys, "--family", "vovnet")} == {"vovnet"}
+    assert litezoo("list", "--family", "vovnett") == 2
+    assert "unknown family 'vovnett'; did you mean 'vovnet'?" in capsys.readouterr().err
+    unknown = {entry["name"] for entry in listed(capsys, "--license", "unknown")}
+    assert "vovnet39" in unknown and "repvgg_a0" not in unknown
+    free = {entry["name"] for entry in listed(capsys, "--license", "free")}
+    assert {"repvgg_a0", "vovnet39"} <= free and "vovnetv2_39" not in free
+
+
+def test_a_licence_that_must_be_accepted_is_shown(capsys):
+    assert litezoo("info", "vovnet57") == 0
+    assert "(unknown)" in capsys.readouterr().out
 
 
 def test_a_model_is_described(capsys):
@@ -130,7 +155,8 @@ print("imported:", sorted(heavy.intersection(sys.modules)))
 def test_the_module_runs_as_a_program():
     result = run(*PROGRAM, "list", "repvgg_a*", "--json")
     assert result.returncode == 0 and result.stderr == ""
-    assert json.loads(result.stdout) == ["repvgg_a0", "repvgg_a1", "repvgg_a2"]
+    names = [entry["name"] for entry in json.loads(result.stdout)]
+    assert names == ["repvgg_a0", "repvgg_a1", "repvgg_a2"]
     result = run(*PROGRAM, "info", "repvgg_a9")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (

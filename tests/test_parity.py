@@ -46,6 +46,8 @@ def create_theirs(library, name):
             module.p = 0.0
     if hasattr(model, "drop_rate"):
         model.drop_rate = 0.0
+    if library == "pytorchcv":  # its pooling is a window of 7, for inputs of 224 alone
+        model.features.final_pool = nn.AdaptiveAvgPool2d(1)
     return model
 
 

@@ -1,12 +1,7 @@
 """Weights from disk and from a hub: whole, adapted where asked, or refused in one sentence."""
 
-import dataclasses
 import hashlib
-import os
 import pickle
-import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,14 +13,13 @@ from timm.models import adapt_input_conv
 
 from litezoo.models.catalogue import Preprocess, get_spec
 from litezoo.models.create import create_model
-from litezoo.models.errors import CheckFailed, MissingError, UsageError
+from litezoo.models.errors import UsageError
 from litezoo.models.files import file_sha256
 from litezoo.models.fuse import fuse
 from litezoo.models.weights import (
     INFO_KEY,
     CheckpointInfo,
     convert_state_dict,
-    fetch_weights,
     load_state_dict,
     read_checkpoint,
 )
@@ -370,178 +364,17 @@ def test_an_empty_state_dict_is_refused():
 def test_an_unknown_tag_is_refused_with_the_nearest():
     with pytest.raises(
         UsageError,
-        match=r"unknown weights of repvgg_a0: 'rvgg_in1'; did you mean 'rvgg_in1k'\? \(known: rvgg",
+        match=r"unknown weights of repvgg_a0: 'rvgg_in1'; did you mean 'rvgg_in1k'\?",
     ):
         create_model("repvgg_a0", weights="rvgg_in1")
 
 
 def test_a_variant_without_public_weights_says_so():
-    with pytest.raises(UsageError, match="repvgg_b1g2 has no public weights to fetch; give the pa"):
-        create_model("repvgg_b1g2", weights="rvgg_in1k")
+    with pytest.raises(UsageError, match="repvgg_b2g2 has no public weights to fetch; give the pa"):
+        create_model("repvgg_b2g2", weights="rvgg_in1k")
 
 
 def test_a_path_is_never_taken_for_a_tag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no checkpoint weights; give the path"):
         create_model("repvgg_a0", weights=Path("weights"))
-
-
-# ----------------------------------------------------------------------- the hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Speaks as much of the hub's protocol as a download needs."""
-
-    daemon_threads = True
-
-    def __init__(self, files, truncate=False):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.truncate, self.requests = files, truncate, []
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self):
-        self.shutdown()
-        self.server_close()
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        self.server.requests.append((self.command, self.path))
-        file = self.server.files.get(self.path)
-        if file is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = file.read_bytes()
-        etag = hashlib.sha256(content).hexdigest()
-        if with_body and self.server.truncate:
-            content = content[: len(content) // 2]
-        self.send_response(200)
-        self.send_header("ETag", f'"{etag}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty hub cache, a clean network environment."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    close_session()
-    yield tmp_path / "hub"
-    close_session()
-
-
-def connect(monkeypatch, endpoint):
-    """Point the client at `endpoint`; it has read HF_ENDPOINT already, at import."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-URL = "/timm/repvgg_a0.rvgg_in1k/resolve/main/model.safetensors"
-
-
-@pytest.fixture
-def hub(file, cache, monkeypatch):
-    server = Hub({URL: file})
-    connect(monkeypatch, server.endpoint)
-    yield server
-    server.stop()
-
-
-def cached_files(cache):
-    return [p for p in cache.rglob("*") if p.is_file() and p.suffix in ("", ".safetensors")]
-
-
-def test_weights_are_fetched_once_and_then_taken_from_the_cache(hub, cache, timms_a0):
-    x = images(2, 3, 64, 64)
-    model = create_model("repvgg_a0", weights="rvgg_in1k").eval()
-    with torch.inference_mode():
-        assert relative_error(model(x), timms_a0(x)) <= 1e-5
-    assert [r for r in hub.requests if "/resolve/" in r[1]] == [("HEAD", URL), ("GET", URL)]
-    hub.stop()
-    again = create_model("repvgg_a0", weights="rvgg_in1k", num_classes=10)
-    same_but(again, model, except_for=["head."])
-    assert fetch_weights(A0.weights[0], model="repvgg_a0").is_relative_to(cache)
-
-
-def check_refusal(error, endpoint):
-    text = str(error)
-    assert text.startswith(f"cannot fetch timm/repvgg_a0.rvgg_in1k from {endpoint} (")
-    for suggestion in ("`--weights FILE`", "`litezoo train repvgg_a0`", "`--weights random`"):
-        assert suggestion in text
-    assert "\n" not in text and error.exit_status == 4
-
-
-def test_without_a_hub_or_a_cache_three_things_to_type_are_named(cache, monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    connect(monkeypatch, endpoint)
-    with pytest.raises(MissingError) as caught:
-        create_model("repvgg_a0", weights="rvgg_in1k")
-    check_refusal(caught.value, endpoint)
-    assert not cache.exists() or not cached_files(cache)
-
-
-def test_a_file_the_hub_does_not_have_is_missing(hub, cache):
-    hub.files.clear()
-    with pytest.raises(MissingError, match="EntryNotFound") as caught:
-        create_model("repvgg_a0", weights="rvgg_in1k")
-    check_refusal(caught.value, hub.endpoint)
-
-
-def test_a_truncated_download_leaves_nothing_behind(hub, cache):
-    hub.truncate = True
-    with pytest.raises(MissingError, match="should be of size") as caught:
-        create_model("repvgg_a0", weights="rvgg_in1k")
-    check_refusal(caught.value, hub.endpoint)
-    blobs = [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 1000]
-    assert blobs == []
-    hub.truncate = False
-    create_model("repvgg_a0", weights="rvgg_in1k")
-
-
-def test_a_download_of_another_content_fails_the_check(hub, file):
-    published = dataclasses.replace(A0.weights[0], sha256=file_sha256(file))
-    assert file_sha256(fetch_weights(published, model="repvgg_a0")) == published.sha256
-    tampered = dataclasses.replace(published, sha256="0" * 64)
-    with pytest.raises(CheckFailed, match=r"is not the published file \(sha256 differs\); delete"):
-        fetch_weights(tampered, model="repvgg_a0")
-
-
-def test_weights_of_the_wrong_model_under_the_right_name_are_refused(hub, tmp_path):
-    wrong = create_model("repvgg_a0", num_classes=5)
-    del wrong.stages[2][5]
-    hub.files[URL] = tmp_path / "wrong.safetensors"
-    save_file(wrong.state_dict(), hub.files[URL])
-    with pytest.raises(UsageError, match="these weights are not of repvgg_a0"):
-        create_model("repvgg_a0", weights="rvgg_in1k")

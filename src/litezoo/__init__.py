@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .models.fuse import FusableBlock as FusableBlock
     from .models.fuse import fuse as fuse
     from .models.fuse import fuse_with_report as fuse_with_report
+    from .models.sharing import from_pretrained as from_pretrained
+    from .models.sharing import push_to_hub as push_to_hub
     from .recipes.devices import get_device as get_device
     from .recipes.devices import list_devices as list_devices
 
@@ -30,6 +32,7 @@ _HOME = {
     "MissingError": "models.errors",
     "UsageError": "models.errors",
     "create_model": "models.create",
+    "from_pretrained": "models.sharing",
     "fuse": "models.fuse",
     "fuse_with_report": "models.fuse",
     "get_device": "recipes.devices",
@@ -37,6 +40,7 @@ _HOME = {
     "list_devices": "recipes.devices",
     "list_models": "models.catalogue",
     "load": "export.artifact",
+    "push_to_hub": "models.sharing",
     "verify": "export.artifact",
 }
 
@@ -47,6 +51,7 @@ __all__ = [
     "MissingError",
     "UsageError",
     "create_model",
+    "from_pretrained",
     "fuse",
     "fuse_with_report",
     "get_device",
@@ -54,6 +59,7 @@ __all__ = [
     "list_devices",
     "list_models",
     "load",
+    "push_to_hub",
     "verify",
 ]
 

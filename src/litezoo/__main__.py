@@ -86,34 +86,68 @@ def _steps() -> Iterator[Callable[[str], None]]:
 
 def _list_parser(parser: ArgumentParser) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'repvgg_b*'")
-    parser.add_argument("--pretrained", action="store_true", help="only those with public weights")
+    parser.add_argument("--pretrained", action="store_true", help="only with public weights")
+    parser.add_argument("--family", help="only of this family")
+    parser.add_argument("--max-params-m", type=float, help="most million parameters, deploy form")
+    parser.add_argument("--min-top1", type=float, help="least ImageNet top-1 %% of public weights")
+    parser.add_argument("--license", help="of the weights: 'free' (any use) or a name")
 
 
 def _list(args: Namespace) -> None:
     from litezoo.models.catalogue import get_spec, list_models
 
-    specs = [get_spec(name) for name in list_models(args.pattern, pretrained=args.pretrained)]
-    if not specs:
-        raise UsageError(f"no model matches {args.pattern!r} (see: litezoo list)")
+    names = list_models(
+        args.pattern,
+        pretrained=args.pretrained,
+        family=args.family,
+        max_params_m=args.max_params_m,
+        min_top1=args.min_top1,
+        license=args.license,
+    )
+    if not names:
+        raise UsageError(
+            f"no model matches {args.pattern!r} and the conditions (see: litezoo list)"
+        )
+    specs = [get_spec(name) for name in names]
+    best = [spec.get_weights() if spec.is_pretrained else None for spec in specs]
 
     def text() -> None:
         _table(
-            f"{len(specs)} models (parameters and MACs of the deploy form)",
-            ("name", "params M", "MACs M", "input", "paper top-1 %", "weights"),
+            f"{len(specs)} models (parameters and MACs of the deploy form; weights: the default)",
+            ("name", "params M", "MACs M", "input", "paper top-1 %", "weights", "top-1 %",
+             "licence"),
             [
                 (
                     spec.name,
                     f"{spec.params_deploy / 1e6:.2f}",
                     f"{spec.macs_m:.1f}",
                     str(spec.resolution),
-                    "-" if spec.paper_top1_percent is None else f"{spec.paper_top1_percent:.2f}",
-                    ", ".join(f"{w.tag} ({w.top1_percent:.2f})" for w in spec.weights) or "-",
+                    _percent(spec.paper_top1_percent),
+                    *(("-",) * 3 if w is None else (w.tag, _percent(w.top1_percent), w.licence)),
                 )
-                for spec in specs
+                for spec, w in zip(specs, best, strict=True)
             ],
-        )
+        )  # fmt: skip
 
-    _show([spec.name for spec in specs], as_json=args.json, text=text)
+    values = [
+        {
+            "name": spec.name,
+            "family": spec.family,
+            "params_deploy": spec.params_deploy,
+            "macs_m": spec.macs_m,
+            "resolution": spec.resolution,
+            "paper_top1_percent": spec.paper_top1_percent,
+            "weights": [w.tag for w in spec.weights if not w.unreadable],
+            "top1_percent": w and w.top1_percent,
+            "licence": w and w.licence,
+        }
+        for spec, w in zip(specs, best, strict=True)
+    ]
+    _show(values, as_json=args.json, text=text)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _info_parser(parser: ArgumentParser) -> None:
@@ -126,23 +160,64 @@ def _info(args: Namespace) -> None:
     spec = get_spec(args.model)
 
     def text() -> None:
+        def line(key: str, value: object) -> None:
+            print(f"  {key:24} {value}")
+
         print(f"{spec.name}  (family {spec.family}, {spec.paper})")
         for key, value in spec.architecture.items():
-            print(f"  {key:22} {value}")
-        print(f"  {'parameters, train form':22} {spec.params_train:,}")
-        print(f"  {'parameters, deploy form':22} {spec.params_deploy:,}")
-        print(f"  {'MACs, deploy form':22} {spec.macs_m:,.1f} M at {spec.resolution} px")
-        if spec.paper_top1_percent is not None:
-            print(f"  {'paper':22} {spec.paper_params_m} M parameters, {spec.paper_macs_m} M MACs, "
-                  f"top-1 {spec.paper_top1_percent} %: {spec.paper_source}")  # fmt: skip
-        for weights in spec.weights:
-            print(
-                f"  {'weights':22} {weights.tag}: {weights.hub_id}, {weights.licence}, top-1 "
-                f"{weights.top1_percent} % at {weights.preprocess.input_size[1]} px "
-                f"({weights.top1_source})"
+            line(key, value)
+        line("parameters, train form", f"{spec.params_train:,}")
+        line("parameters, deploy form", f"{spec.params_deploy:,}")
+        line("MACs, deploy form", f"{spec.macs_m:,.1f} M at {spec.resolution} px")
+        claims = (
+            ("M parameters", spec.paper_params_m),
+            ("M MACs", spec.paper_macs_m),
+            ("% top-1", spec.paper_top1_percent),
+        )
+        if spec.paper_source:
+            said = ", ".join(f"{value} {unit}" for unit, value in claims if value is not None)
+            line("paper", f"{said or 'no figures'}: {spec.paper_source}")
+        line("differs from the paper", spec.differs or "no")
+        for library, theirs in spec.references.items():
+            line("the same network", f"{library}: {theirs}")
+        for duty, reason in spec.exempt.items():
+            line("exception", f"{duty}: {reason}")
+        readable = [w for w in spec.weights if not w.unreadable]
+        if readable:
+            print()
+            _table(
+                "weights (the first is the default; a licence in brackets must be accepted)",
+                ("tag", "top-1 %", "licence", "px", "crop", "resize", "mean", "std", "classes"),
+                [
+                    (
+                        w.tag,
+                        _percent(w.top1_percent),
+                        w.licence if w.is_free else f"({w.licence})",
+                        str(w.preprocess.input_size[1]),
+                        f"{w.preprocess.crop_pct:g}",
+                        w.preprocess.interpolation,
+                        _numbers(w.preprocess.mean),
+                        _numbers(w.preprocess.std),
+                        str(w.num_classes or "none"),
+                    )
+                    for w in readable
+                ],
             )
+            for w in readable:
+                says = f"  (top-1: {w.top1_source})" if w.top1_source else ""
+                line(w.tag, f"{w.source}{says}")
+        else:
+            line("weights", "none that can be loaded")
+        for w in spec.weights:
+            if w.unreadable:
+                line(w.tag, f"not loadable, {w.unreadable}: {w.source}")
 
     _show(spec, as_json=args.json, text=text)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    """Return one number where all are the same (a mean of 0.5), else all of them."""
+    return "/".join(f"{v:g}" for v in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _devices_parser(parser: ArgumentParser) -> None:
@@ -180,6 +255,8 @@ def _export_parser(parser: ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("auto", "require"), default="auto",
                         help="require: no build kit instead of an engine")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: artifacts/<model>/<device>")
+    parser.add_argument("--allow-license", nargs="+", default=[],
+                        help="accept these licences of weights")  # fmt: skip
     parser.add_argument("--accuracy-images", type=int, default=2000,
                         help="most test images to compare top-1 on")  # fmt: skip
 
@@ -217,6 +294,7 @@ def _export(args: Namespace) -> None:
             precision=args.precision,
             engine=args.engine,
             accuracy_images=args.accuracy_images,
+            allow_license=args.allow_license,
             progress=progress,
         )
 
