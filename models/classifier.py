@@ -51,6 +51,7 @@ class NeckHead(nn.Module):
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type)
         self.flatten = nn.Flatten(1) if self.global_pool.pool_type else nn.Identity()
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits, or with `pre_logits` what the linear layer would read."""

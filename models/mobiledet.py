@@ -6,10 +6,10 @@ EdgeTPU, GPU): where a chip runs full convolutions well, they replace depthwise 
      IBN                 fused IBN            Tucker
       x                   x                    x
     1×1  e·c            k×k /s  e·c          1×1  scale(r·c)
-    DW k×k /s           [SE]                 k×k /s  scale(q·o)
-    [SE]                1×1  o, linear       1×1  o, linear
-    1×1  o, linear       (+ x)                (+ x)
-     (+ x)
+    DW k×k /s             │                  k×k /s  scale(q·o)
+    [SE]                  │                    │
+    1×1  o, linear      1×1  o, linear       1×1  o, linear
+     (+ x)               (+ x)                (+ x)
 
 c and o are the channels of input and output, e the expansion, r and q the ratios of the ranks; an
 IBN of expansion 1 has no first 1×1. Every convolution is followed by BatchNorm and, but for the
@@ -19,13 +19,16 @@ up, without the 90 % rule of the other MobileNets. Whether x is added is said by
 block: some that keep their shape do not add it.
 
 Table and blocks are those of the official TensorFlow code (tensorflow/models, research/
-object_detection/models/ssd_mobiledet_feature_extractor.py, at d318246), which is more exact than
-the paper's Figure 5: BatchNorm epsilon 0.01 and decay 0.99, "SAME" padding (at stride 2 on an even
-input only below and to the right), He-normal initialisation. The feature maps are its C1 to C5.
-No layout of foreign keys is here: what is public are TensorFlow detectors, no classifier.
+object_detection/models/ssd_mobiledet_feature_extractor.py, at d318246), as are BatchNorm's epsilon
+of 0.01 and the "SAME" padding (at stride 2 on an even input only below and to the right) that its
+weights were trained with. The feature maps are its C1 to C5. No layout of foreign keys is here:
+what is public are TensorFlow detectors, no classifier.
 
 Differs from the paper in: these are detection backbones; the pooling and the linear classifier
-behind C5 are ours. Their width multiplier (1.0 in the paper's models) is left out.
+behind C5 are ours. Their width multiplier (1.0 in the paper's models) is left out. For training,
+BatchNorm's momentum and the initialisation are PyTorch's defaults: the official decay of 0.99 and
+He-normal kernels are made for 400 thousand steps; in the 16 epochs of the digits recipe the CPU
+model reached 87 % top-1 with them and 98 % without.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ __all__ = ["IBN", "FusedIBN", "MobileDet", "Tucker", "scale_filters"]
 Block = tuple[str, int, int | tuple[float, float], int, int, bool]
 
 h_swish: Activation = partial(nn.Hardswish, inplace=True)
-_ConvBN = partial(ConvBN, eps=0.01, momentum=0.01, same=True)
+_ConvBN = partial(ConvBN, eps=0.01, same=True)
 
 
 def scale_filters(filters: int, multiplier: float) -> int:
@@ -230,8 +233,3 @@ class MobileDet(ImageClassifier):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)

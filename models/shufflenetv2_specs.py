@@ -19,10 +19,6 @@ _MEGVII = (
     "As the authors' code: the shuffle begins a stride-1 unit, by even and odd channels, and does "
     "not follow the last one."
 )
-_FRUGAL = (
-    "it keeps 49 % (activations alone), but the test counts the weights of the last 1x1 too, which "
-    "outweigh the activations of 64-pixel images"
-)
 _LARGE = (
     "The paper does not say how wide the two branches of a stage's first unit are: as in the "
     "authors' code of the small networks."
@@ -49,7 +45,6 @@ def _spec(
     paper: tuple[float, float, str],
     torchvision: str | None = None,
     differs: str,
-    exempt: dict[str, str] | None = None,
 ) -> ModelSpec:
     train, deploy, macs_m = counts
     return ModelSpec(
@@ -67,7 +62,6 @@ def _spec(
         first_convs=("stem.layers.0.conv",),
         references={} if torchvision is None else {"torchvision": torchvision},
         differs=differs,
-        exempt=exempt or {},
     )
 
 
@@ -80,7 +74,6 @@ SPECS = (
             paper=(paper_macs_m, top1, _T8),
             torchvision=f"shufflenet_v2_{name}",
             differs=_TORCHVISION,
-            exempt={"grad_checkpointing": _FRUGAL} if name == "x0_5" else None,
         )
         for name, widths, final_width, paper_macs_m, top1, counts, _ in _ROWS
     ),

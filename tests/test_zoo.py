@@ -1,4 +1,4 @@
-"""Every member as PyTorch's own tools see it: export, compile, number formats, layouts, pickles.
+"""Every member as PyTorch's own tools see it: export, compile, memory layouts, dtypes, pickles.
 
 On the meta device where shapes are what matters; with numbers for the smallest of each family.
 """
@@ -6,27 +6,66 @@ On the meta device where shapes are what matters; with numbers for the smallest 
 import ast
 import copy
 import pickle
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import images, relative_error
-from test_models import NAMES, blank, create_on_meta, every_member, small, small_members
+from test_models import blank, create_on_meta, every_member, small_members
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim, export
 
 import litezoo.models
 from litezoo.models.catalogue import get_spec
-from litezoo.models.errors import UsageError
-from litezoo.models.fuse import fuse, fuse_with_report
-
-HALVES = [torch.float16, torch.bfloat16]
-#: A network's sum of bfloat16's rounding (3 digits), in the root mean square over its logits.
-BFLOAT16_BOUND = 0.1
+from litezoo.models.create import create_model
 
 
-# ----------------------------------------------------------------------- export
+@cache
+@torch.no_grad()
+def responsive(name):
+    """A 10-class network whose output hangs on the image, in eval mode; tests must not change it.
+
+    Its BatchNorms have the statistics of noise, not random ones: those let a deep network say the
+    same to every image, and then a wrong map between stem and head is not seen. Channels that are
+    dead get no tiny variance, which would blow rounding up.
+    """
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    hooks = [
+        norm.register_forward_hook(
+            lambda norm, _x, _y: norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
+        )
+        for norm in norms
+    ]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0, 0.2)
+    model.train()(images(16, 3, 64, 64, seed=1))
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        norm.momentum = momentum
+        hook.remove()
+    return model.eval()
+
+
+def own_part(logits):
+    """Return what is different between the images of a batch."""
+    return logits - logits.mean(0)
+
+
+@small_members
+@torch.inference_mode()
+def test_the_output_hangs_on_the_image(name):
+    """What the comparisons below rest on."""
+    logits = responsive(name)(images(4, 3, 64, 64))
+    assert own_part(logits).std() > 0.05 * logits.std()
+
+
+# ----------------------------------------------------------------------- export and compile
 
 
 def structure(model):
@@ -35,7 +74,7 @@ def structure(model):
         (
             name,
             type(module),
-            *(getattr(module, key, None) for key in ("kernel_size", "stride", "padding")),
+            *(str(getattr(module, key, "")) for key in ("kernel_size", "stride", "padding")),
             getattr(module, "groups", 1) == 1,
             *(f"{k}={v}" for k, v in vars(module).items() if isinstance(v, (bool, str))),
         )
@@ -45,17 +84,21 @@ def structure(model):
 
 @torch.no_grad()
 def export_with_any_batch(model, *, strict):
-    """Return the program of `model`, whose batch is a symbol in both input and output."""
-    batch = Dim("batch", min=1)
-    program = export(model, (blank(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=strict)
-    graph = program.graph
-    (given,) = [n for n in graph.nodes if n.name in program.graph_signature.user_inputs]
-    (made,) = [n for n in graph.nodes if n.name in program.graph_signature.user_outputs]
-    symbol, shape = given.meta["val"].shape[0], made.meta["val"].shape
-    assert isinstance(symbol, torch.SymInt) and symbol.node.expr.is_Symbol, "the batch is fixed"
-    assert shape[0].node.expr == symbol.node.expr and tuple(shape[1:]) == (1000,)
-    bounds = program.range_constraints[symbol.node.expr]
-    assert bounds.lower <= 1 and bounds.upper > 2**30
+    """Return the program of `model`, its batch being one symbol in both input and output."""
+    program = export(
+        model,
+        (blank(2, 3, 64, 64),),
+        dynamic_shapes=({0: Dim("batch", min=1)},),
+        strict=strict,
+    )
+    signature, values = program.graph_signature, {n.name: n.meta for n in program.graph.nodes}
+    (given,) = (values[name]["val"] for name in signature.user_inputs)
+    (made,) = (values[name]["val"] for name in signature.user_outputs)
+    batch = given.shape[0].node.expr
+    assert batch.is_Symbol and made.shape[0].node.expr == batch
+    assert tuple(given.shape[1:]) == (3, 64, 64) and tuple(made.shape[1:]) == (1000,)
+    assert program.range_constraints[batch].lower <= 1
+    assert program.range_constraints[batch].upper > 2**30
     return program
 
 
@@ -63,8 +106,8 @@ EXPORTED = {}
 
 
 @every_member
-def test_it_is_exported_with_a_batch_of_any_size(name):
-    """Networks that differ in their widths only are exported once; the shapes are symbolic."""
+def test_it_is_exported_for_a_batch_of_any_size(name):
+    """Of networks that differ in nothing but widths, one is."""
     model = create_on_meta(name)
     key = structure(model)
     if key not in EXPORTED:
@@ -74,28 +117,26 @@ def test_it_is_exported_with_a_batch_of_any_size(name):
 
 @small_members
 def test_the_exported_program_runs_at_another_batch(name):
-    """In strict mode, which reads the Python code, so that nothing in it can hang on the input."""
-    program = export_with_any_batch(create_on_meta(name), strict=True)
-    run = program.module()
+    """In strict mode, which reads the Python code: no branch in it may hang on the numbers."""
+    run = export_with_any_batch(create_on_meta(name), strict=True).module()
     for batch in (1, 3):
         assert run(blank(batch, 3, 64, 64)).shape == (batch, 1000)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="64"):
         run(blank(2, 3, 64, 32))
 
 
 @small_members
-def test_it_is_compiled_as_one_graph_for_batches_of_any_size(name):
-    torch._dynamo.reset()
-    model, counter = small(name), CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.inference_mode():
-        for batch in (2, 3, 5):
-            x = images(batch, 3, 32, 32, seed=batch)
-            expected = model(x)
-            torch._dynamo.mark_dynamic(x, 0)
-            assert relative_error(compiled(x), expected) <= 1e-6
-    assert counter.frame_count == 1, "one compilation serves all batches"
-    torch._dynamo.reset()
+@torch.inference_mode()
+def test_it_is_compiled_once_as_one_graph_for_all_batches(name):
+    torch.compiler.reset()
+    model, compilations = responsive(name), CompileCounter()
+    compiled = torch.compile(model, backend=compilations, fullgraph=True)
+    for batch in (2, 3, 5):
+        x = images(batch, 3, 32, 32, seed=batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert relative_error(compiled(x), model(x)) <= 1e-6
+    assert compilations.frame_count == 1
+    torch.compiler.reset()
 
 
 # ----------------------------------------------------------------------- memory layout
@@ -104,54 +145,52 @@ def test_it_is_compiled_as_one_graph_for_batches_of_any_size(name):
 @small_members
 @torch.inference_mode()
 def test_channels_last_gives_the_same_output(name):
-    plain, x = small(name), images(2, 3, 64, 64)
-    model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    expected = plain.forward_features(x.clone()), plain(x.clone())
-    x = x.contiguous(memory_format=torch.channels_last)
-    for ours, theirs in zip((model.forward_features(x), model(x)), expected, strict=True):
-        assert relative_error(ours, theirs) <= 1e-5
-
-
-@small_members
-def test_channels_last_lasts_to_the_last_map(name):
-    """A view that falls back to NCHW would cost a copy of every map behind it."""
-    model = create_on_meta(name).to(memory_format=torch.channels_last)
-    x = blank(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    features = shape_preserving(model.forward_features, x)
-    assert features.is_contiguous(memory_format=torch.channels_last)
-
-
-@torch.inference_mode()
-def shape_preserving(module, x):
-    return module(x)
-
-
-# ----------------------------------------------------------------------- number formats
+    x = images(4, 3, 64, 64)
+    expected = responsive(name)(x)
+    model = copy.deepcopy(responsive(name)).to(memory_format=torch.channels_last)
+    logits = model(x.contiguous(memory_format=torch.channels_last))
+    assert relative_error(own_part(logits), own_part(expected)) <= 1e-4
 
 
 @every_member
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@torch.inference_mode()
+def test_channels_last_lasts_to_the_last_map(name):
+    """A layer that falls back to NCHW costs a copy of its map, and of all behind it."""
+    model = create_on_meta(name).to(memory_format=torch.channels_last)
+    x = blank(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------- dtypes
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.inference_mode()
 def test_half_precision_stays_half_precision(name, dtype):
     model = create_on_meta(name).to(dtype)
-    with torch.inference_mode():
-        features = model.forward_features(blank(2, 3, 32, 32).to(dtype))
-        logits = model.forward_head(features)
+    features = model.forward_features(blank(2, 3, 32, 32).to(dtype))
+    logits = model.forward_head(features)
     assert features.dtype == logits.dtype == dtype and logits.shape == (2, 1000)
 
 
 @small_members
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        pytest.param(torch.float16, 0.2, id="float16"),
+        pytest.param(torch.bfloat16, 0.8, id="bfloat16"),
+    ],
+)
 @torch.inference_mode()
-def test_bfloat16_is_close_to_float32(name):
-    model = calm(copy.deepcopy(small(name)))
+def test_half_precision_gives_close_numbers(name, dtype, bound):
+    """Close for dozens of layers of 11 or 8 bits; of another network the error would be 1.4."""
     x = images(4, 3, 64, 64)
-    expected = model(x)
-    logits = model.to(torch.bfloat16)(x.to(torch.bfloat16)).float()
-    error = (logits - expected).square().mean().sqrt() / expected.std()
-    assert 1e-4 < error <= BFLOAT16_BOUND
-
-
-def calm(model):
-    return model
+    expected = responsive(name)(x)
+    logits = copy.deepcopy(responsive(name)).to(dtype)(x.to(dtype)).float()
+    assert relative_error(logits, expected) <= bound
+    error = (logits - expected).square().mean() / own_part(expected).square().mean()
+    assert 1e-4 < float(error.sqrt()) <= bound
 
 
 # ----------------------------------------------------------------------- copies
@@ -162,32 +201,33 @@ def test_a_spec_survives_a_pickle_and_a_copy(name):
     spec = get_spec(name)
     for twin in (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
         assert twin == spec and twin is not spec
-        assert twin.build.__func__ is spec.build.__func__
 
 
 @every_member
 def test_a_network_survives_a_pickle_and_a_copy(name):
-    """As torch.save, multiprocessing and averages of weights do it."""
+    """As torch.save, other processes and averages of weights need it."""
     model = create_on_meta(name)
-    state = {k: v.shape for k, v in model.state_dict().items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert {k: v.shape for k, v in twin.state_dict().items()} == state
+        assert {key: value.shape for key, value in twin.state_dict().items()} == shapes
         assert structure(twin) == structure(model)
+        assert twin.feature_info == model.feature_info
 
 
 # ----------------------------------------------------------------------- TorchScript
 
-FAMILY_FILES = sorted(Path(litezoo.models.__path__[0]).glob("*.py"))
+SOURCES = sorted(Path(litezoo.models.__path__[0]).glob("*.py"))
 
 
-@pytest.mark.parametrize("file", FAMILY_FILES, ids=lambda file: file.stem)
-def test_no_network_is_written_for_torchscript(file):
-    """It is deprecated: torch.export takes its place."""
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.stem)
+def test_nothing_is_written_for_torchscript(file):
+    """It is deprecated; torch.export has taken its place."""
+    names = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) != "torch.jit", node.lineno
-        elif isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("torch.jit") for alias in node.names), node.lineno
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            assert not any(name.startswith("torch.jit") for name in names), node.lineno
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    assert not [name for name in names if name.startswith("torch.jit")]
