@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Literal, cast
 
 from .errors import UsageError, unknown_name
@@ -32,6 +32,7 @@ __all__ = [
     "Preprocess",
     "Weights",
     "get_spec",
+    "list_left_out",
     "list_models",
     "resolve_name",
 ]
@@ -243,15 +244,34 @@ def _triple(text: str) -> tuple[float, ...]:
 
 
 @cache
-def _registry() -> Mapping[str, ModelSpec]:
-    """Every spec by name: the families in this folder, then those of other packages."""
+def _families() -> tuple[ModuleType, ...]:
+    """The modules in this folder that hold the tables of the families."""
     package = importlib.import_module(__package__)
-    modules = [
+    names = sorted(
         f"{__package__}.{info.name}"
         for info in pkgutil.iter_modules(package.__path__)
         if info.name.endswith("_specs")
-    ]
-    tables = [importlib.import_module(name).SPECS for name in sorted(modules)]
+    )
+    return tuple(importlib.import_module(name) for name in names)
+
+
+def list_left_out(family: str | None = None) -> Mapping[str, str]:
+    """Return the published networks that the zoo does not have, {name: reason}.
+
+    They are the `LEFT_OUT` of the families' tables; `family` asks for one family's.
+    """
+    return {
+        name: reason
+        for module in _families()
+        if family in (None, module.SPECS[0].family)
+        for name, reason in getattr(module, "LEFT_OUT", {}).items()
+    }
+
+
+@cache
+def _registry() -> Mapping[str, ModelSpec]:
+    """Every spec by name: the families in this folder, then those of other packages."""
+    tables = [module.SPECS for module in _families()]
     tables += [point.load() for point in sorted(entry_points(group="litezoo.models"))]
     public = _read_weights_table()
     registry: dict[str, ModelSpec] = {}
@@ -325,5 +345,7 @@ def get_spec(name: str) -> ModelSpec:
     litezoo.models.errors.UsageError: unknown model 'repvgg_a9'; did you mean 'repvgg_a2'? (see: litezoo list)
     """  # noqa: E501
     if name not in _registry():
+        if name in (left_out := list_left_out()):
+            raise UsageError(f"{name} is not in the zoo: {left_out[name]}")
         raise unknown_name("model", name, _registry(), see="litezoo list")
     return _registry()[name]

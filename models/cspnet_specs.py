@@ -121,6 +121,16 @@ def _cs3(
     }
 
 
+#: Published networks that are not here, and why.
+_NO_TABLE = "neither the paper's tables nor the official repository give its layers"
+LEFT_OUT = {
+    "csppeleenet": _NO_TABLE,
+    "cspdensenet201_elastic": _NO_TABLE,
+    "cspresnet50d": "no public weights, not in the paper (timm only)",
+    "cspresnet50w": "no public weights, not in the paper (timm only)",
+    "cs3sedarknet_xdw": "no public weights, not in the paper (timm only)",
+}
+
 SPECS = (
     *(
         ModelSpec(

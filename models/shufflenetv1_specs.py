@@ -107,6 +107,15 @@ def _spec(
     )
 
 
+#: Published networks that are not here, and why.
+_ROUNDING = "its widths do not divide by the groups, and the paper does not say how it rounds them"
+LEFT_OUT = {
+    **{f"shufflenetv1_{g}_{w}": _ROUNDING for g in ("g2", "g4") for w in ("050", "025")},
+    "shufflenetv1_g3_200_se": "the paper (Table 5) does not give the squeezed width",
+    "shufflenetv1_g3_050_shallow": "the paper (Table 5) does not say which units are left out",
+    "shufflenetv1_50": "named in ShuffleNetV2's paper only, without its widths",
+}
+
 SPECS = (
     *(
         _spec(

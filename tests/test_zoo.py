@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import images, relative_error
-from test_models import blank, create_on_meta, every_member, small_members
+from test_models import blank, create_on_meta, every_member, small_members, train_form
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim, export
@@ -35,16 +35,15 @@ def responsive(name):
     model = create_model(name, num_classes=10)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
-    hooks = [
-        norm.register_forward_hook(
-            lambda norm, _x, _y: norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
-        )
-        for norm in norms
-    ]
+
+    def lift(norm, _x, _y):
+        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
+
+    hooks = [norm.register_forward_hook(lift) for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
         norm.weight.uniform_(0.5, 1.5)
-        norm.bias.normal_(0, 0.2)
+        norm.bias.normal_(0.5, 0.2)  # most of each ReLU is open: little chaos
     model.train()(images(16, 3, 64, 64, seed=1))
     for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
@@ -62,7 +61,7 @@ def own_part(logits):
 def test_the_output_hangs_on_the_image(name):
     """What the comparisons below rest on."""
     logits = responsive(name)(images(4, 3, 64, 64))
-    assert own_part(logits).std() > 0.05 * logits.std()
+    assert own_part(logits).std() > 0.01 * logits.std()
 
 
 # ----------------------------------------------------------------------- export and compile
@@ -108,7 +107,7 @@ EXPORTED = {}
 @every_member
 def test_it_is_exported_for_a_batch_of_any_size(name):
     """Of networks that differ in nothing but widths, one is."""
-    model = create_on_meta(name)
+    model = train_form(name)
     key = structure(model)
     if key not in EXPORTED:
         export_with_any_batch(model, strict=False)
@@ -118,7 +117,7 @@ def test_it_is_exported_for_a_batch_of_any_size(name):
 @small_members
 def test_the_exported_program_runs_at_another_batch(name):
     """In strict mode, which reads the Python code: no branch in it may hang on the numbers."""
-    run = export_with_any_batch(create_on_meta(name), strict=True).module()
+    run = export_with_any_batch(train_form(name), strict=True).module()
     for batch in (1, 3):
         assert run(blank(batch, 3, 64, 64)).shape == (batch, 1000)
     with pytest.raises(AssertionError, match="64"):
@@ -148,43 +147,37 @@ def test_channels_last_gives_the_same_output(name):
     x = images(4, 3, 64, 64)
     expected = responsive(name)(x)
     model = copy.deepcopy(responsive(name)).to(memory_format=torch.channels_last)
-    logits = model(x.contiguous(memory_format=torch.channels_last))
+    features = model.forward_features(x.contiguous(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last), "a layer fell back to NCHW"
+    logits = model.forward_head(features)
     assert relative_error(own_part(logits), own_part(expected)) <= 1e-4
-
-
-@every_member
-@torch.inference_mode()
-def test_channels_last_lasts_to_the_last_map(name):
-    """A layer that falls back to NCHW costs a copy of its map, and of all behind it."""
-    model = create_on_meta(name).to(memory_format=torch.channels_last)
-    x = blank(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    assert model.forward_features(x).is_contiguous(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------- dtypes
 
 
 @every_member
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_half_precision_stays_half_precision(name, dtype):
-    model = create_on_meta(name).to(dtype)
-    features = model.forward_features(blank(2, 3, 32, 32).to(dtype))
-    logits = model.forward_head(features)
-    assert features.dtype == logits.dtype == dtype and logits.shape == (2, 1000)
+def test_half_precision_stays_half_precision(name):
+    model = create_on_meta(name)
+    for dtype in (torch.float16, torch.bfloat16):
+        model.to(dtype)
+        features = model.forward_features(blank(2, 3, 32, 32).to(dtype))
+        logits = model.forward_head(features)
+        assert features.dtype == logits.dtype == dtype and logits.shape == (2, 1000)
 
 
 @small_members
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
-        pytest.param(torch.float16, 0.2, id="float16"),
-        pytest.param(torch.bfloat16, 0.8, id="bfloat16"),
+        pytest.param(torch.float16, 0.05, id="float16"),
+        pytest.param(torch.bfloat16, 0.4, id="bfloat16"),
     ],
 )
 @torch.inference_mode()
 def test_half_precision_gives_close_numbers(name, dtype, bound):
-    """Close for dozens of layers of 11 or 8 bits; of another network the error would be 1.4."""
+    """Dozens of layers of 11 or 8 bits; two independent networks would differ by 1.4."""
     x = images(4, 3, 64, 64)
     expected = responsive(name)(x)
     logits = copy.deepcopy(responsive(name)).to(dtype)(x.to(dtype)).float()
@@ -206,7 +199,7 @@ def test_a_spec_survives_a_pickle_and_a_copy(name):
 @every_member
 def test_a_network_survives_a_pickle_and_a_copy(name):
     """As torch.save, other processes and averages of weights need it."""
-    model = create_on_meta(name)
+    model = train_form(name)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert {key: value.shape for key, value in twin.state_dict().items()} == shapes

@@ -155,9 +155,10 @@ def _info_parser(parser: ArgumentParser) -> None:
 
 
 def _info(args: Namespace) -> None:
-    from litezoo.models.catalogue import get_spec
+    from litezoo.models.catalogue import get_spec, list_left_out
 
     spec = get_spec(args.model)
+    left_out = list_left_out(spec.family)
 
     def text() -> None:
         def line(key: str, value: object) -> None:
@@ -211,8 +212,11 @@ def _info(args: Namespace) -> None:
         for w in spec.weights:
             if w.unreadable:
                 line(w.tag, f"not loadable, {w.unreadable}: {w.source}")
+        for name, reason in left_out.items():
+            line(f"no {name}:", reason)
 
-    _show(spec, as_json=args.json, text=text)
+    values = {**_plain(spec), "left_out_of_the_family": left_out}
+    _show(values, as_json=args.json, text=text)
 
 
 def _numbers(values: Sequence[float]) -> str:
