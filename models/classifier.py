@@ -43,6 +43,8 @@ class NeckHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """Replace the linear layer, and the pooling if one is named."""
         if pool_type is not None:
+            if pool_type not in _POOLS:
+                raise unknown_name("global_pool", pool_type, _POOLS)
             if pool_type.startswith("cat"):
                 raise UsageError(
                     f"global_pool={pool_type!r} doubles the channels, which the layer behind the "
@@ -141,8 +143,9 @@ class ImageClassifier(nn.Module):
         _check_head(num_classes, pool)
         self.num_classes = num_classes
         parameter = next(self.parameters())
-        self.head.reset(num_classes, global_pool)
-        self.head.to(device=parameter.device, dtype=parameter.dtype)
+        with parameter.device:
+            self.head.reset(num_classes, global_pool)
+        self.head.to(dtype=parameter.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: keep only block inputs, recompute the rest."""

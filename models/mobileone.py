@@ -68,7 +68,7 @@ KEY_LAYOUTS = {
         (r"\.se\.expand\.", r".se.fc2."),
         (r"^linear\.", r"head.fc."),
     ),
-    "mmpretrain": (
+    "openmmlab": (
         (r"^backbone\.", r""),
         *_STAGES,
         (r"\.branch_conv_list\.(\d+)\.norm\.", r".branch_convs.\1.bn."),

@@ -25,6 +25,12 @@ _ROWS = (
     ("b2g4", _B,  2.5,  5.0, 4, 61_735_016, 55_777_512, 11331.9,  None, ""),
 )  # fmt: skip
 
+#: Published networks that are not here, and why.
+LEFT_OUT = {
+    "qarepvgg_d2se": "the repository's trained block gates before its last BatchNorm, its deployed "
+    "block behind it: two functions",
+}
+
 SPECS = tuple(
     ModelSpec(
         name=f"qarepvgg_{name}",

@@ -246,8 +246,3 @@ class VGG(ImageClassifier):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one, and the pooling if one is named."""
-        with next(self.parameters()).device:  # 120 million weights are not made elsewhere first
-            super().reset_classifier(num_classes, global_pool)

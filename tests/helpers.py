@@ -53,7 +53,10 @@ def fill(model, seed=0):
     model.to_empty(device="cpu")
     for index, parameter in enumerate(model.parameters()):
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
-        noise = pool[index * 997 :][: parameter.numel()].view(parameter.shape)
+        start, size = (index * 997) % 2**20, parameter.numel()
+        while size > len(pool) - start:
+            pool = pool.repeat(2)
+        noise = pool[start:][:size].view(parameter.shape)
         torch.mul(noise, (2 / fan_in) ** 0.5, out=parameter.data)
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):

@@ -320,8 +320,8 @@ def test_options_may_come_before_the_model(words, capsys):
 
 PUBLIC = (
     *("CheckFailed", "FusableBlock", "LitezooError", "MissingError", "UsageError"),
-    *("create_model", "fuse", "fuse_with_report", "get_device", "get_spec", "list_devices"),
-    *("list_models", "load", "verify"),
+    *("create_model", "from_pretrained", "fuse", "fuse_with_report", "get_device", "get_spec"),
+    *("list_devices", "list_models", "load", "push_to_hub", "verify"),
 )
 
 
@@ -364,7 +364,7 @@ def test_the_python_of_the_contract_works():
 #: The targets of the contract (architecture.md, section 5), and those of the house.
 TARGETS = (
     *("help", "demo", "test", "check", "train-%", "export", "bench", "profile", "guidelines"),
-    *("pick", "report", "install", "lint", "types", "docs", "wheel", "readme", "clean"),
+    *("pick", "report", "install", "lint", "types", "docs", "wheel", "digits", "readme", "clean"),
 )
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -1,4 +1,4 @@
-"""A family from outside is one file: through the entry point it is listed and held to the contract."""
+"""A family from outside is one file: by its entry point it is listed and held to the contract."""
 
 import os
 import subprocess

@@ -21,8 +21,8 @@ from litezoo.models.create import create_model
 from litezoo.models.fuse import fuse
 from litezoo.models.weights import convert_state_dict, load_state_dict
 
-#: Float32 sums of up to 25 thousand products, in another order.
-BOUND = 1e-5
+#: Sums of up to 25 thousand products in float64, in another order.
+BOUND = 1e-9
 LIBRARIES = {
     "timm": timm.create_model,
     "torchvision": lambda name: torchvision.models.get_model(name, weights=None),
@@ -67,38 +67,41 @@ def run_with_maps(model, modules, x):
     return [taken[name] for name in modules if name in taken], logits
 
 
-def every_module_with_a_map(model):
-    """Return the names of all modules but those that return something else than a tensor."""
-    containers = (nn.ModuleList, nn.ModuleDict)
-    return [k for k, m in model.named_modules() if k and not isinstance(m, containers)]
-
-
 @every_pair
-def test_weights_of_the_other_library_give_its_logits_and_feature_maps(
-    name, library, theirs, record_property
-):
+def test_weights_of_the_other_library_give_its_numbers(name, library, theirs, record_property):
+    """Logits, feature maps, fused form; loss, gradients and statistics of a training step.
+
+    In float64, in which equal networks differ by next to nothing: float32 rounding is amplified
+    without limit by dozens of shaken BatchNorms.
+    """
     spec = get_spec(name)
-    x = images(2, 3, 64, 64)
-    reference = fill(create_theirs(library, theirs))
+    reference = fill(create_theirs(library, theirs)).double()
     state_dict = reference.state_dict()
-    ours = poison(on_meta(create_model, name))
+    ours = poison(on_meta(create_model, name)).double()
     converted = convert_state_dict(state_dict, spec, ours.state_dict())
     assert converted.keys() == ours.state_dict().keys() and len(converted) == len(state_dict)
     assert load_state_dict(ours, state_dict, spec) == ()
     assert all(v.sum().isfinite() for v in ours.state_dict().values())
+    check_outputs(reference, ours, library, spec)
+    check_training_step(reference.train(), ours.train(), spec)
+    record_property("parity", (name, library))
+    del reference, state_dict, converted, ours
+    gc.collect()
 
+
+def check_outputs(reference, ours, library, spec):
+    x = images(2, 3, 64, 64, dtype=torch.float64)
     modules = (
         [info["module"] for info in reference.feature_info]
         if library == "timm"
-        else every_module_with_a_map(reference)
+        else [name for name, _ in reference.named_modules() if name]
     )
     expected, logits = run_with_maps(reference, modules, x)
-    del reference, state_dict, converted
-    assert 1e-6 < logits.abs().max() < 1e6, "neither dead nor exploded"
-
+    assert 1e-6 < logits.abs().max() < 1e20, "neither dead nor exploded"
+    if library != "timm":  # some activations are functions, whose outputs no module has
+        expected += [m.relu() for m in expected]
     info = [entry["module"] for entry in ours.feature_info]
-    deploy = ours if "fuse" in spec.exempt else fuse(ours)
-    for model in (ours, deploy):
+    for model in (ours,) if "fuse" in spec.exempt else (ours, fuse(ours)):
         maps, mine = run_with_maps(model, info, x)
         assert relative_error(mine, logits) <= BOUND
         if library == "timm":
@@ -108,31 +111,12 @@ def test_weights_of_the_other_library_give_its_logits_and_feature_maps(
             for mine in maps:
                 same = [m for m in expected if m.shape == mine.shape]
                 assert min(relative_error(mine, m) for m in same) <= BOUND
-    record_property("parity", (name, library))
-    del ours, deploy
-    gc.collect()
 
 
-@timm_pairs
-def test_feature_extractors_have_the_channels_and_strides_of_timm(name, library, theirs):
-    reference = on_meta(timm.create_model, theirs, features_only=True).feature_info
-    ours = on_meta(create_model, name, features_only=True).feature_info
-    assert ours.channels() == reference.channels()
-    assert ours.reduction() == reference.reduction()
-
-
-@every_pair
-def test_a_training_step_has_the_loss_gradients_and_statistics_of_the_other_library(
-    name, library, theirs
-):
-    """In float64: BatchNorm over few values amplifies float32 rounding without limit."""
-    spec = get_spec(name)
-    reference = fill(create_theirs(library, theirs)).double().train()
-    ours = poison(on_meta(create_model, name)).double().train()
-    load_state_dict(ours, reference.state_dict(), spec)
+def check_training_step(reference, ours, spec):
     x, target = images(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 999])
     losses = [F.cross_entropy(model(x), target) for model in (ours, reference)]
-    assert relative_error(*losses) <= 1e-10
+    assert relative_error(*losses) <= BOUND
     for loss in losses:
         loss.backward()
     as_state = {**reference.state_dict(), **{k: p.grad for k, p in reference.named_parameters()}}
@@ -142,7 +126,12 @@ def test_a_training_step_has_the_loss_gradients_and_statistics_of_the_other_libr
     largest = max(float(p.grad.abs().max()) for p in ours.parameters())
     for key, value in expected.items():
         difference = (actual[key].double() - value.double()).abs().max()
-        bound = 1e-8 * max(float(value.abs().max()), 1e-4 * largest)
-        assert difference <= bound, key
-    del ours, reference
-    gc.collect()
+        assert difference <= 1e-8 * max(float(value.abs().max()), 1e-4 * largest), key
+
+
+@timm_pairs
+def test_feature_extractors_have_the_channels_and_strides_of_timm(name, library, theirs):
+    reference = on_meta(timm.create_model, theirs, features_only=True).feature_info
+    ours = on_meta(create_model, name, features_only=True).feature_info
+    assert ours.channels() == reference.channels()
+    assert ours.reduction() == reference.reduction()
