@@ -21,7 +21,10 @@ TABLE = Path(__file__).parents[1] / "docs" / "digits.md"
 MODELS = {"mobileone": "mobileone_s1"}
 OPTIONS = {
     "mobileone": ["--model.optimizer.lr", "8.0e-3"],
-    "repoptvgg": ["--model.optimizer.lr", "1.0e-3", "--data.input_size", "16"],
+    "repoptvgg": [
+        *("--model.optimizer.lr", "1.0e-3", "--data.input_size", "16"),
+        *("--trainer.max_epochs", "7", "--model.schedule.warmup_epochs", "1"),
+    ],
     "vgg": ["--model.optimizer.lr", "5.0e-4", "--trainer.max_epochs", "5"],
 }
 HEAD = """# Every family learns the digits
