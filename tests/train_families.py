@@ -27,7 +27,7 @@ OPTIONS = {
     ],
     "vgg": ["--model.optimizer.lr", "5.0e-4", "--trainer.max_epochs", "5"],
 }
-HEAD = """# Every family learns the digits
+HEAD = """# What the families reach on the digits
 
 The first network of every family, or its smallest where that is above a GMAC, trained from scratch
 with recipes/train/digits.yaml on the embedded digits (1149 training images, shown at 32 x 32); best
