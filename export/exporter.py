@@ -101,13 +101,13 @@ def _load_source(model: str, weights: str, allow_license: tuple[str, ...]) -> _S
         _settle_batchnorm(network, spec.resolution)
         return _Source(
             spec=spec, model=network, weights="random", sha256=None,
-            preprocess=Preprocess(input_size=(3, spec.resolution, spec.resolution)),
+            preprocess=spec.default_preprocess,
             classes=(), data=None,
         )  # fmt: skip
     file, entry = find_weights(spec, weights, allow_license=allow_license)
     checkpoint = read_checkpoint(file)
     info = checkpoint.info
-    preprocess = Preprocess(input_size=(3, spec.resolution, spec.resolution))
+    preprocess = spec.default_preprocess
     if entry is not None:
         preprocess = entry.preprocess
     elif info is not None:

@@ -206,6 +206,11 @@ class ModelSpec:
         raise unknown_name(f"weights of {self.name}:", tag, [w.tag for w in self.weights])
 
     @property
+    def default_preprocess(self) -> Preprocess:
+        """What is taken for weights that say nothing of their input."""
+        return Preprocess(input_size=(3, self.resolution, self.resolution))
+
+    @property
     def is_pretrained(self) -> bool:
         """Whether public weights can be loaded."""
         return any(not weights.unreadable for weights in self.weights)

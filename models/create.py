@@ -12,7 +12,7 @@ from .catalogue import ModelSpec, Preprocess, get_spec
 from .classifier import ImageClassifier
 from .errors import UsageError
 from .fetch import find_weights
-from .weights import count_classes, load_state_dict, read_checkpoint
+from .weights import load_state_dict, read_checkpoint
 
 __all__ = ["create_model"]
 
@@ -78,7 +78,7 @@ def create_model(
         raise UsageError("out_indices chooses feature maps; it needs features_only=True")
     state_dict = None
     default_classes = 1000
-    preprocess = Preprocess(input_size=(3, spec.resolution, spec.resolution))
+    preprocess = spec.default_preprocess
     if weights is not None:
         accepted = (allow_license,) if isinstance(allow_license, str) else tuple(allow_license)
         file, entry = find_weights(spec, weights, allow_license=accepted)
@@ -99,12 +99,12 @@ def create_model(
         drop_rate=drop_rate,
     )
     if state_dict is not None:
-        if num_classes is None:
-            own_classes = count_classes(state_dict, spec, model.state_dict())
-            if own_classes not in (None, model.num_classes):
-                model.reset_classifier(own_classes)
         load_state_dict(
-            model, state_dict, spec, new_classifier=features_only or num_classes is not None
+            model,
+            state_dict,
+            spec,
+            new_classifier=features_only or num_classes is not None,
+            own_classes=num_classes is None,
         )
     config = _timm_config(spec, model, preprocess)
     model.pretrained_cfg = config

@@ -212,14 +212,6 @@ class CrossStage(nn.Module):
         return fused
 
 
-class _FocusConv(ConvBN):
-    """6x6/2 with padding 2: space to depth by 2, then 3x3, as one convolution (even sizes)."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, act: Activation) -> None:
-        super().__init__(in_channels, out_channels, 6, stride=2, act=act)
-        self.conv = nn.Conv2d(in_channels, out_channels, 6, 2, 2, bias=False)
-
-
 class Stem(nn.Module):
     """Convolutions, the first with the stride: (N, C, H, W) -> (N, width, H / stride, W / stride).
 
@@ -233,11 +225,10 @@ class Stem(nn.Module):
         self.convs = nn.Sequential()
         channels = in_chans
         for index, width in enumerate(widths):
-            if size == 6:
-                self.convs.append(_FocusConv(channels, width, act=act))
-            else:
-                step = 1 if index else stride
-                self.convs.append(ConvBN(channels, width, size, stride=step, act=act))
+            # 6x6/2 with padding 2 is space to depth by 2, then 3x3 (even sizes)
+            padding = 2 if size == 6 else None
+            step = 1 if index else stride
+            self.convs.append(ConvBN(channels, width, size, stride=step, padding=padding, act=act))
             channels = width
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,6 +55,15 @@ def unknown_name(
     return UsageError(f"unknown {kind} {name!r}{guess} ({where})")
 
 
+def first_line(error: Exception) -> str:
+    r"""Return the first line of what an error says, "" where it says nothing.
+
+    >>> first_line(ValueError("no such host\nsee the log"))
+    'no such host'
+    """
+    return str(error).strip().partition("\n")[0]
+
+
 def wrong_words(message: str, known_options: Iterable[str]) -> UsageError:
     """Return a command line parser's complaint in one line, with the nearest option it knows.
 

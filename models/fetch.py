@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .catalogue import ModelSpec, Preprocess, Weights
-from .errors import CheckFailed, MissingError, UsageError
+from .errors import CheckFailed, MissingError, UsageError, first_line
 from .files import open_checkpoint
 
 __all__ = ["HUB_PREFIX", "fetch_hub_config", "fetch_weights", "find_weights"]
@@ -114,11 +114,9 @@ def _reason(error: Exception) -> str:
         error.__cause__, Exception
     ):  # the hub client's "neither there nor in the cache"
         error = error.__cause__
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
     status = getattr(getattr(error, "response", None), "status_code", None)
     hint = "; log in with `hf auth login`" if status in (401, 403) else ""
-    return f"{type(error).__name__}: {line}{hint}"
+    return f"{type(error).__name__}: {first_line(error)}{hint}"
 
 
 def _check_digest(file: Path, digest: str) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "graph_form",
     "identity_kernel",
     "pad_to",
+    "then_bn",
 ]  # fmt: skip
 
 #: Largest relative error of a fused block that is rounding, by the dtype it is stored in.
@@ -81,13 +82,17 @@ def fold_bn(weight: Tensor, bn: nn.BatchNorm2d) -> Kernel:
     return Kernel(weight.double() * scale[:, None, None, None], shift)
 
 
+def then_bn(kernel: Kernel, bn: nn.BatchNorm2d) -> Kernel:
+    """Return the kernel of a convolution with bias followed by `bn`."""
+    scale, shift = bn_scale_shift(bn)
+    return Kernel(kernel.weight * scale[:, None, None, None], kernel.bias * scale + shift)
+
+
 def fold_conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Kernel:
     """Return the kernel of `bn(conv(x))`, with or without a bias in the convolution."""
-    kernel = fold_bn(conv.weight, bn)
     if conv.bias is None:
-        return kernel
-    scale, _ = bn_scale_shift(bn)
-    return Kernel(kernel.weight, kernel.bias + scale * conv.bias.double())
+        return fold_bn(conv.weight, bn)
+    return then_bn(Kernel(conv.weight.double(), conv.bias.double()), bn)
 
 
 def identity_kernel(

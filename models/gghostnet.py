@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier
 from .layers import ConvBN, relu
+from .layouts import stage_from_one
 
 __all__ = ["KEY_LAYOUTS", "Bottleneck", "GGhostRegNet", "GhostBlocks"]
 
@@ -46,7 +47,7 @@ KEY_LAYOUTS = {
     "official": (
         (r"^conv1\.", r"stem.conv."),
         (r"^bn1\.", r"stem.bn."),
-        (r"^layer([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        (r"^layer([1-4])\.", stage_from_one),
         (r"^(stages\.\d)\.base\.", r"\1.0."),
         (r"^(stages\.\d)\.end\.", r"\1.2."),
         (r"^(stages\.\d)\.layers\.", r"\1.1.layers."),

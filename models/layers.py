@@ -27,9 +27,10 @@ relu6: Activation = partial(nn.ReLU6, inplace=True)
 class ConvBN(FusableBlock):
     """act(BN(conv(x))), (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), padding size // 2.
 
-    `act=None` ends in BatchNorm ("linear"). `same` pads as TensorFlow's "SAME" does: at stride 2 on
-    an even input only below and to the right. `eps` and `momentum` are BatchNorm's, in PyTorch's
-    sense. Fused, it is a convolution with bias and the activation.
+    `act=None` ends in BatchNorm ("linear"). `padding` is another margin than size // 2; `same` pads
+    as TensorFlow's "SAME" does: at stride 2 on an even input only below and to the right. `bias`
+    puts one in front of BatchNorm, as some public weights have it. `eps` and `momentum` are
+    BatchNorm's, in PyTorch's sense. Fused, it is a convolution with bias and the activation.
     """
 
     def __init__(
@@ -41,20 +42,23 @@ class ConvBN(FusableBlock):
         stride: int = 1,
         groups: int = 1,
         act: Activation | None = relu,
+        padding: int | None = None,
+        bias: bool = False,
         eps: float = 1e-5,
         momentum: float = 0.1,
         same: bool = False,
     ) -> None:
         super().__init__()
         kind = Conv2dSame if same and stride > 1 else nn.Conv2d
+        margin = size // 2 if padding is None else padding
         self.conv: nn.Conv2d = kind(
             in_channels,
             out_channels,
             size,
             stride,
-            0 if kind is Conv2dSame else size // 2,
+            0 if kind is Conv2dSame else margin,
             groups=groups,
-            bias=False,
+            bias=bias,
         )
         self.bn = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
         self.act = nn.Identity() if act is None else act()

@@ -21,7 +21,6 @@ authors' TensorFlow code, slim: 1e-3 and SAME).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from timm.layers.helpers import make_divisible
@@ -29,21 +28,12 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier
 from .layers import ConvBN, relu6
+from .layouts import block_places, look_up, stage_from_one
 
 __all__ = ["KEY_LAYOUTS", "InvertedResidual", "MobileNetV2"]
 
 #: Where the 17 blocks of Table 2 are, for layouts that number them through from 1.
-_PLACES = {
-    str(number): f"stages.{stage}.{block}."
-    for number, (stage, block) in enumerate(
-        ((s, b) for s, depth in enumerate((1, 2, 3, 4, 3, 3, 1)) for b in range(depth)), start=1
-    )
-}
-
-
-def _place(match: re.Match[str]) -> str:
-    return _PLACES.get(match[1], match[0])
-
+_place = look_up(block_places((1, 2, 3, 4, 3, 3, 1), first=1))
 
 #: Regular expressions that turn a public state dict's keys into ours, by layout. The first block
 #: has no expand convolution, so that other layouts number its parts differently.
@@ -107,7 +97,7 @@ KEY_LAYOUTS = {
         (r"^backbone\.conv2\.", r"final."),
         (r"^backbone\.layer1\.0\.conv\.0\.", r"stages.0.0.depthwise."),
         (r"^backbone\.layer1\.0\.conv\.1\.", r"stages.0.0.project."),
-        (r"^backbone\.layer([2-7])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        (r"^backbone\.layer([2-7])\.", stage_from_one),
         (r"\.conv\.0\.", r".expand."),
         (r"\.conv\.1\.", r".depthwise."),
         (r"\.conv\.2\.", r".project."),

@@ -27,7 +27,6 @@ where Table 2 ticks it, as in every public implementation, the authors' included
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier, NeckHead
 from .layers import Activation, ConvBN, SqueezeExcite, relu
+from .layouts import block_places, look_up
 
 __all__ = ["KEY_LAYOUTS", "Bneck", "InvertedResidual", "MobileNetV3"]
 
@@ -47,12 +47,6 @@ _ACTIVATIONS: dict[str, Activation] = {"RE": relu, "HS": nn.Hardswish}
 
 #: Blocks in the stages of the large and the small network; behind them comes the last convolution.
 _LARGE, _SMALL = (1, 2, 3, 4, 2, 3), (1, 2, 3, 2, 3)
-
-
-def _places(depths: Sequence[int]) -> dict[str, str]:
-    """Return where the blocks are, and the last convolution, when numbered through from 1."""
-    blocks = [f"stages.{stage}.{n}." for stage, depth in enumerate(depths) for n in range(depth)]
-    return {str(number): place for number, place in enumerate([*blocks, "final."], start=1)}
 
 
 def _timm(depths: Sequence[int]) -> tuple[tuple[str, str], ...]:
@@ -83,12 +77,8 @@ def _numbered(
     prefix: str, depths: Sequence[int], rules: Sequence[tuple[str, str]]
 ) -> tuple[tuple[str, object], ...]:
     """Return the rules of a layout that numbers stem, blocks and last convolution through."""
-    places = {"0": "stem.", **_places(depths)}
-
-    def place(match: re.Match[str]) -> str:
-        return places.get(match[1], match[0])
-
-    return ((rf"^{prefix}(\d+)\.", place), *rules)
+    places = {"0": "stem.", **block_places(depths, first=1), str(sum(depths) + 1): "final."}
+    return ((rf"^{prefix}(\d+)\.", look_up(places)), *rules)
 
 
 _TORCHVISION = (

@@ -44,13 +44,10 @@ from .fuse import (
     pad_to,
 )
 from .layers import ConvBN, SqueezeExcite, relu
+from .layouts import STAGES_0_TO_4
 
 __all__ = ["KEY_LAYOUTS", "MobileOne", "MobileOneBlock"]
 
-_STAGES = (
-    (r"^stage0\.", r"stem."),
-    (r"^stage([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
-)
 #: Regular expressions that turn a public state dict's keys into ours, by layout.
 KEY_LAYOUTS = {
     "timm": (
@@ -60,7 +57,7 @@ KEY_LAYOUTS = {
         (r"\.attn\.fc(\d)\.", r".se.fc\1."),
     ),
     "official": (
-        *_STAGES,
+        *STAGES_0_TO_4,
         (r"\.rbr_conv\.", r".branch_convs."),
         (r"\.rbr_scale\.", r".branch_1x1."),
         (r"\.rbr_skip\.", r".branch_identity."),
@@ -70,7 +67,7 @@ KEY_LAYOUTS = {
     ),
     "openmmlab": (
         (r"^backbone\.", r""),
-        *_STAGES,
+        *STAGES_0_TO_4,
         (r"\.branch_conv_list\.(\d+)\.norm\.", r".branch_convs.\1.bn."),
         (r"\.branch_conv_list\.", r".branch_convs."),
         (r"\.branch_scale\.norm\.", r".branch_1x1.bn."),

@@ -30,30 +30,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import repvgg
 from .classifier import ImageClassifier
 from .fuse import (
     DeployBlock,
     FusableBlock,
     Kernel,
-    bn_scale_shift,
     identity_kernel,
     make_conv,
     pad_to,
+    then_bn,
 )
 from .layers import ConvBN, relu
+from .repvgg import create_body
 
 __all__ = ["KEY_LAYOUTS", "QARepVGG", "QARepVGGBlock"]
 
-#: Regular expressions that turn a public state dict's keys into ours, by layout.
-KEY_LAYOUTS = {
-    "official": (
-        (r"^stage0\.", r"stem."),
-        (r"^stage([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
-        (r"\.rbr_dense\.", r".branch_3x3."),
-        (r"\.rbr_1x1\.", r".branch_1x1."),
-        (r"^linear\.", r"head.fc."),
-    ),
-}
+#: Regular expressions that turn a public state dict's keys into ours, by layout; the official code
+#: is a fork of RepVGG's.
+KEY_LAYOUTS = {"official": repvgg.KEY_LAYOUTS["official"]}
 
 
 class QARepVGGBlock(FusableBlock):
@@ -94,8 +89,7 @@ class QARepVGGBlock(FusableBlock):
                 conv.in_channels, groups=conv.groups, size=3, device=conv.weight.device
             )
             inner = inner + Kernel(identity, no_bias)
-        scale, shift = bn_scale_shift(self.bn)
-        return Kernel(inner.weight * scale[:, None, None, None], inner.bias * scale + shift)
+        return then_bn(inner, self.bn)
 
     def fused(self) -> DeployBlock:
         """Return convolution, ReLU."""
@@ -118,31 +112,19 @@ class QARepVGG(ImageClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        stem = QARepVGGBlock(in_chans, stem_width, stride=2)
-        feature_info = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
-        stages = nn.Sequential()
-        channels, layer = stem_width, 1
-        for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            stage = nn.Sequential()
-            for block in range(depth):
-                stage.append(
-                    QARepVGGBlock(
-                        channels,
-                        width,
-                        stride=2 if block == 0 else 1,
-                        groups=groups if layer % 2 == 0 else 1,
-                    )
-                )
-                channels, layer = width, layer + 1
-            stages.append(stage)
-            feature_info.append(
-                {"num_chs": width, "reduction": 4 * 2**index, "module": f"stages.{index}"}
-            )
+        stem, stages, feature_info = create_body(
+            QARepVGGBlock,
+            in_chans,
+            depths=depths,
+            stem_width=stem_width,
+            widths=widths,
+            groups=groups,
+        )
         super().__init__(
             stem=stem,
             stages=stages,
             feature_info=feature_info,
-            num_features=channels,
+            num_features=widths[-1],
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,

@@ -7,6 +7,7 @@ the official repository (cxxgtxy/QARepVGG) makes of `QARepVGGBlockV2`, its D2se 
 from __future__ import annotations
 
 from .catalogue import ModelSpec
+from .repvgg_specs import scaled_body
 
 _A, _B = (2, 4, 14, 1), (4, 6, 16, 1)
 _A0 = "arXiv 2212.01593, in a second-hand summary (INT8 after training: 70.4)"
@@ -37,9 +38,7 @@ SPECS = tuple(
         family="qarepvgg",
         factory="litezoo.models.qarepvgg:QARepVGG",
         architecture={
-            "depths": depths,
-            "stem_width": int(min(64, 64 * a)),
-            "widths": (int(64 * a), int(128 * a), int(256 * a), int(512 * b)),
+            **scaled_body(depths, a, b),
             "groups": groups,
         },
         paper="https://arxiv.org/abs/2212.01593",

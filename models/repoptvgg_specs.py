@@ -7,6 +7,7 @@ of that name, L1 and L2 have their widths and the depths 8, 14, 24, 1.
 from __future__ import annotations
 
 from .catalogue import ModelSpec
+from .repvgg_specs import scaled_body
 
 _B, _L = (4, 6, 16, 1), (8, 14, 24, 1)
 
@@ -23,11 +24,7 @@ SPECS = tuple(
         name=f"repoptvgg_{name}",
         family="repoptvgg",
         factory="litezoo.models.repoptvgg:RepOptVGG",
-        architecture={
-            "depths": depths,
-            "stem_width": int(min(64, 64 * a)),
-            "widths": (int(64 * a), int(128 * a), int(256 * a), int(512 * b)),
-        },
+        architecture=scaled_body(depths, a, b),
         paper="https://arxiv.org/abs/2205.15242",
         params_train=train,
         params_deploy=deploy,

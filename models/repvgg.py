@@ -25,6 +25,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -39,8 +40,9 @@ from .fuse import (
     pad_to,
 )
 from .layers import ConvBN, SqueezeExcite, relu
+from .layouts import STAGES_0_TO_4, stage_from_one
 
-__all__ = ["KEY_LAYOUTS", "RepVGG", "RepVGGBlock"]
+__all__ = ["KEY_LAYOUTS", "RepVGG", "RepVGGBlock", "create_body"]
 
 #: Regular expressions that turn a public state dict's keys into ours, by layout.
 KEY_LAYOUTS = {
@@ -51,8 +53,7 @@ KEY_LAYOUTS = {
         (r"\.attn\.fc(\d)\.", r".se.fc\1."),
     ),
     "official": (
-        (r"^stage0\.", r"stem."),
-        (r"^stage([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        *STAGES_0_TO_4,
         (r"\.rbr_dense\.", r".branch_3x3."),
         (r"\.rbr_1x1\.", r".branch_1x1."),
         (r"\.rbr_identity\.", r".branch_identity."),
@@ -62,7 +63,7 @@ KEY_LAYOUTS = {
     ),
     "openmmlab": (
         (r"^backbone\.", r""),
-        (r"^stage_([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}."),
+        (r"^stage_([1-4])\.", stage_from_one),
         (r"\.(branch_\dx\d)\.norm\.", r".\1.bn."),
         (r"\.branch_norm\.", r".branch_identity."),
         (r"\.se_layer\.conv(\d)\.conv\.", r".se.fc\1."),
@@ -129,6 +130,51 @@ class RepVGGBlock(FusableBlock):
         return DeployBlock(layers)
 
 
+class VGGBlock(Protocol):
+    """Makes one layer of a RepVGG body, (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+
+    def __call__(
+        self, in_channels: int, out_channels: int, *, stride: int, groups: int
+    ) -> nn.Module: ...
+
+
+def create_body(
+    block: VGGBlock,
+    in_chans: int,
+    *,
+    depths: Sequence[int],
+    stem_width: int,
+    widths: Sequence[int],
+    groups: int = 1,
+) -> tuple[nn.Module, nn.Sequential, list[dict[str, Any]]]:
+    """Return stem, stages and `feature_info` of Table 2's body: every stage opens with stride 2.
+
+    The networks after RepVGG have the same with blocks of their own. Every second layer, counted
+    from the stem as 0, has `groups` groups (section 3.4).
+    """
+    stem = block(in_chans, stem_width, stride=2, groups=1)
+    feature_info: list[dict[str, Any]] = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
+    stages = nn.Sequential()
+    channels, layer = stem_width, 1
+    for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        stage = nn.Sequential()
+        for position in range(depth):
+            stage.append(
+                block(
+                    channels,
+                    width,
+                    stride=2 if position == 0 else 1,
+                    groups=groups if layer % 2 == 0 else 1,
+                )
+            )
+            channels, layer = width, layer + 1
+        stages.append(stage)
+        feature_info.append(
+            {"num_chs": width, "reduction": 4 * 2**index, "module": f"stages.{index}"}
+        )
+    return stem, stages, feature_info
+
+
 class RepVGG(ImageClassifier):
     """The network of Table 2: a stem and four stages, each opening with stride 2."""
 
@@ -145,32 +191,15 @@ class RepVGG(ImageClassifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        stem = RepVGGBlock(in_chans, stem_width, stride=2, squeeze_excite=squeeze_excite)
-        feature_info = [{"num_chs": stem_width, "reduction": 2, "module": "stem"}]
-        stages = nn.Sequential()
-        channels, layer = stem_width, 1
-        for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            stage = nn.Sequential()
-            for block in range(depth):
-                stage.append(
-                    RepVGGBlock(
-                        channels,
-                        width,
-                        stride=2 if block == 0 else 1,
-                        groups=groups if layer % 2 == 0 else 1,
-                        squeeze_excite=squeeze_excite,
-                    )
-                )
-                channels, layer = width, layer + 1
-            stages.append(stage)
-            feature_info.append(
-                {"num_chs": width, "reduction": 4 * 2**index, "module": f"stages.{index}"}
-            )
+        block = partial(RepVGGBlock, squeeze_excite=squeeze_excite)
+        stem, stages, feature_info = create_body(
+            block, in_chans, depths=depths, stem_width=stem_width, widths=widths, groups=groups
+        )
         super().__init__(
             stem=stem,
             stages=stages,
             feature_info=feature_info,
-            num_features=channels,
+            num_features=widths[-1],
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,

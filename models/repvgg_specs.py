@@ -37,15 +37,22 @@ _ROWS = (
 _TIMM = {"a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se"}
 
 
+def scaled_body(depths: tuple[int, ...], a: float, b: float) -> dict[str, object]:
+    """Return Table 2's body at the multipliers a (all stages but the last) and b (the last)."""
+    return {
+        "depths": depths,
+        "stem_width": int(min(64, 64 * a)),
+        "widths": (int(64 * a), int(128 * a), int(256 * a), int(512 * b)),
+    }
+
+
 SPECS = tuple(
     ModelSpec(
         name=f"repvgg_{name}",
         family="repvgg",
         factory="litezoo.models.repvgg:RepVGG",
         architecture={
-            "depths": depths,
-            "stem_width": int(min(64, 64 * a)),
-            "widths": (int(64 * a), int(128 * a), int(256 * a), int(512 * b)),
+            **scaled_body(depths, a, b),
             "groups": groups,
             "squeeze_excite": bool(squeeze_excite),
         },

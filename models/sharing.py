@@ -6,7 +6,7 @@ from torch import nn
 
 from .classifier import ImageClassifier
 from .create import create_model
-from .errors import MissingError, UsageError
+from .errors import MissingError, UsageError, first_line
 from .fetch import HUB_PREFIX, fetch_hub_config
 from .fuse import DeployBlock
 
@@ -43,10 +43,9 @@ def push_to_hub(
             safe_serialization=True,
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise MissingError(
-            f"cannot push to {repository} ({type(error).__name__}: {reason}); log in with "
-            "`hf auth login`, or give a token that may write there"
+            f"cannot push to {repository} ({type(error).__name__}: {first_line(error)}); log in "
+            "with `hf auth login`, or give a token that may write there"
         ) from error
     return str(commit)
 

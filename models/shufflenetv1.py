@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier
 from .layers import ConvBN, relu
+from .layouts import block_places, look_up
 from .shuffle import ChannelShuffle
 
 __all__ = ["KEY_LAYOUTS", "Edition", "ShuffleNetV1", "ShuffleUnit"]
@@ -58,11 +59,8 @@ _ORDERS: dict[Edition, tuple[str, ...]] = {
 }
 
 
-def _place(unit: int) -> str:
-    """Return the place of Megvii's features.<unit>, which are numbered through 4, 8, 4 units."""
-    stage, first = (0, 0) if unit < 4 else (1, 4) if unit < 12 else (2, 12)
-    return f"stages.{stage}.{unit - first}"
-
+#: Where Megvii's features.<unit> are.
+_PLACES = block_places((4, 8, 4), first=0)
 
 #: Regular expressions that turn a public state dict's keys into ours, by layout.
 KEY_LAYOUTS = {
@@ -87,7 +85,7 @@ KEY_LAYOUTS = {
     "official": (
         (r"^first_conv\.0\.", r"stem.conv."),
         (r"^first_conv\.1\.", r"stem.bn."),
-        (r"^features\.(\d+)\.", lambda match: f"{_place(int(match[1]))}.main.megvii."),
+        (r"^features\.(\d+)\.", look_up(_PLACES, then="main.megvii.")),
         (r"\.branch_main_1\.0\.", r".compress.conv."),
         (r"\.branch_main_1\.1\.", r".compress.bn."),
         (r"\.branch_main_1\.3\.", r".depthwise.conv."),

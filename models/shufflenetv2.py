@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from .classifier import ImageClassifier
 from .layers import ConvBN, SqueezeExcite, relu
+from .layouts import block_places, look_up
 from .shuffle import ChannelShuffle, split_channels
 
 __all__ = ["KEY_LAYOUTS", "Edition", "MegviiUnit", "ShuffleNetV2", "ShuffleV2Unit"]
@@ -57,11 +58,8 @@ _LEFT = {"0": "0.conv", "1": "0.bn", "2": "1.conv", "3": "1.bn"}
 _RIGHT = {"0": "0.conv", "1": "0.bn", "3": "1.conv", "4": "1.bn", "5": "2.conv", "6": "2.bn"}
 
 
-def _place(unit: int) -> str:
-    """Return the place of Megvii's features.<unit>, which are numbered through 4, 8, 4 units."""
-    stage, first = (0, 0) if unit < 4 else (1, 4) if unit < 12 else (2, 12)
-    return f"stages.{stage}.{unit - first}"
-
+#: Where Megvii's features.<unit> are.
+_PLACES = block_places((4, 8, 4), first=0)
 
 #: Regular expressions that turn a public state dict's keys into ours, by layout.
 KEY_LAYOUTS = {
@@ -83,7 +81,7 @@ KEY_LAYOUTS = {
     "official": (
         (r"^first_conv\.0\.", r"stem.layers.0.conv."),
         (r"^first_conv\.1\.", r"stem.layers.0.bn."),
-        (r"^features\.(\d+)\.", lambda match: f"{_place(int(match[1]))}."),
+        (r"^features\.(\d+)\.", look_up(_PLACES)),
         (r"\.branch_proj\.([0-3])\.", lambda match: f".left.{_LEFT[match[1]]}."),
         (r"\.branch_main\.([013456])\.", lambda match: f".right.{_RIGHT[match[1]]}."),
         (r"^conv_last\.0\.", r"final.conv."),

@@ -93,20 +93,10 @@ KEY_LAYOUTS = {
 }
 
 
-class BiasedConvBN(ConvBN):
-    """ReLU(BN(conv(x) + bias)), (N, C_in, H, W) -> (N, C_out, H, W).
-
-    BatchNorm takes the bias away again; the public weights have it.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-
 def _layer(in_channels: int, out_channels: int, batch_norm: bool) -> nn.Module:
     if batch_norm:
-        return BiasedConvBN(in_channels, out_channels)
+        # BatchNorm takes the bias away again; the public weights have it
+        return ConvBN(in_channels, out_channels, 3, bias=True)
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     return nn.Sequential(OrderedDict(conv=conv, act=relu()))
 

@@ -12,20 +12,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .catalogue import ModelSpec, Preprocess
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .files import file_sha256, open_checkpoint
+
+if TYPE_CHECKING:
+    from .classifier import ImageClassifier
 
 __all__ = [
     "Checkpoint",
     "CheckpointInfo",
     "convert_state_dict",
-    "count_classes",
     "load_state_dict",
     "read_checkpoint",
 ]
@@ -89,9 +91,14 @@ class CheckpointInfo:
 class Checkpoint:
     """A file's state dict, and what litezoo's own trainer wrote beside it (else None)."""
 
+    file: Path
     state_dict: Mapping[str, Tensor]
     info: CheckpointInfo | None
-    sha256: str
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file."""
+        return file_sha256(self.file)
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
@@ -115,7 +122,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
             "its state dict alone: torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise UsageError(f"{file} is not a readable checkpoint: {reason}") from error
     info = content.pop(INFO_KEY, None) if isinstance(content, dict) else None
     record = None if info is None else CheckpointInfo.from_dict(info)
@@ -129,7 +136,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
     ):
         raise UsageError(f"{file} holds no state dict (names to tensors)")
-    return Checkpoint(state_dict=content, info=record, sha256=file_sha256(file))
+    return Checkpoint(file=file, state_dict=content, info=record)
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -208,34 +215,31 @@ def convert_state_dict(
     raise UsageError(f"these weights are not of {spec.name}: {best[1]}")
 
 
-def count_classes(
-    state_dict: Mapping[str, Tensor], spec: ModelSpec, wanted: Mapping[str, Tensor]
-) -> int | None:
-    """Return how many classes the weights' classifier has, None without one."""
-    converted = convert_state_dict(state_dict, spec, wanted, new_classifier=True)
-    weight = converted[CLASSIFIER[0]]
-    return None if weight is wanted[CLASSIFIER[0]] else len(weight)
-
-
 def load_state_dict(
-    model: nn.Module,
+    model: ImageClassifier,
     state_dict: Mapping[str, Tensor],
     spec: ModelSpec,
     *,
     new_classifier: bool = False,
+    own_classes: bool = False,
 ) -> tuple[str, ...]:
     """Load weights of any known layout into a train-form classifier.
 
     Where the model was built for other classes than the weights, the classifier keeps its fresh
     initialisation; where for other input channels, the first kernels are adapted (summed for one
     channel, repeated and rescaled for more, as timm does). `new_classifier` allows a file that has
-    no classifier at all. Returns what was adapted, in words.
+    no classifier at all; with `own_classes` the model gets as many classes as the file has. Returns
+    what was adapted, in words.
     """
     from timm.models import adapt_input_conv
 
     wanted = model.state_dict()
     adapted: list[str] = []
     converted = convert_state_dict(state_dict, spec, wanted, new_classifier=new_classifier)
+    classes = len(converted.get(CLASSIFIER[0], ()))
+    if own_classes and classes not in (0, model.num_classes):
+        model.reset_classifier(classes)
+        wanted = model.state_dict()
     for name in spec.first_convs:
         key = f"{name}.weight"
         given, needed = converted[key].shape[1], wanted[key].shape[1]

@@ -12,6 +12,7 @@ from litezoo.models.catalogue import get_spec, list_models
 from litezoo.models.create import create_model
 from litezoo.models.fuse import Kernel, fuse, identity_kernel, pad_to
 from litezoo.models.layers import ConvBN
+from litezoo.models.repoptvgg import start_as_block
 from litezoo.models.weights import convert_state_dict
 
 REPOPTVGG = list_models("repoptvgg_*")
@@ -119,7 +120,35 @@ def test_a_layer_with_multiplied_gradients_trains_as_the_imaginary_block(
         assert relative_error(layer.conv.weight, block.start()) <= 1e-9
 
 
+@pytest.mark.parametrize("position", [0, 1, 5])
+@pytest.mark.parametrize("out_channels", [4, 6])
+def test_new_weights_are_those_of_a_block_with_the_scales_of_the_search(position, out_channels):
+    """Section 4.1: sqrt(2 / i) in the i-th block of a stage, 1 in the first."""
+    layer = ConvBN(4, out_channels, 3)
+    block = ImaginaryBlock(4, out_channels, 1, seed=0)
+    block.w3.data = layer.conv.weight.detach().double()
+    scale = {0: 1.0, 1: 1.41421356, 5: 0.63245553}[position]
+    block.s, block.t = (torch.full_like(block.s, scale) for _ in range(2))
+    if block.u is not None:
+        nn.init.ones_(block.u)
+    state = torch.get_rng_state()
+    start_as_block(layer, position)
+    torch.set_rng_state(state)
+    block.w1.data = nn.Conv2d(4, out_channels, 1, bias=False).weight.detach().double()
+    assert relative_error(layer.conv.weight.double(), block.start()) <= 1e-6
+
+
 # ----------------------------------------------------------------------- the network
+
+
+def test_every_layer_starts_so():
+    """The identity stands on the diagonal; around it the numbers are small."""
+    layers = [m for m in create_model("repoptvgg_b1").modules() if isinstance(m, ConvBN)]
+    for layer in layers:
+        conv = layer.conv
+        opens = conv.stride == (2, 2)
+        diagonal = conv.weight[:, :, 1, 1].diagonal().mean()
+        assert abs(float(diagonal) - (not opens)) < 0.2
 
 
 @pytest.mark.parametrize("name", REPOPTVGG)
