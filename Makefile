@@ -60,7 +60,7 @@ readme: $(STAMP) ## refresh the README's table from benchmarks/results
 	$(ZOO) report --readme README.md
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

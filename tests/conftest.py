@@ -1,5 +1,31 @@
+import gc
+
 import pytest
 import torch
+
+from litezoo.models.catalogue import get_spec, list_models
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of a family together: networks are made once, by one parallel worker."""
+    family = {name: get_spec(name).family for name in list_models()}
+
+    def place(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return family.get(parameters.get("name"), "")
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """What was imported stays: looking through it in every garbage collection takes minutes."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Python tidies up at its end as ever."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,8 +56,6 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if not passed:
         return
-    from litezoo.models.catalogue import list_models
-
     counts = {library: len({n for n, lib in passed if lib == library}) for _, library in passed}
     failed = sum("test_parity" in r.nodeid for r in terminalreporter.stats.get("failed", ()))
     compared = ", ".join(f"{n} parity-checked against {lib}" for lib, n in sorted(counts.items()))

@@ -43,17 +43,10 @@ def smallest_of_each_family():
     return [spec.name for spec in chosen.values()]
 
 
-def members(names):
-    """One parallel worker gets all tests of a member: it builds the member once."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-    )
-
-
 #: For what can differ from row to row of a family's table.
-every_member = members(NAMES)
+every_member = pytest.mark.parametrize("name", NAMES)
 #: For what a family's code does whatever the row, or what takes time.
-small_members = members(smallest_of_each_family())
+small_members = pytest.mark.parametrize("name", smallest_of_each_family())
 
 
 def duty(name, key):
@@ -113,6 +106,16 @@ def small_forms(name):
     """The same network in train and in deploy form, in float64: in float32 rounding would show."""
     model = copy.deepcopy(small(name)).double()
     return model, fuse(model)
+
+
+#: The deploy form of the others is run where its multiply-accumulates are counted.
+every_form = pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, train_form) for name in NAMES),
+        *((name, deploy_form) for name in smallest_of_each_family()),
+    ],
+)
 
 
 def blank(*shape):
@@ -199,8 +202,7 @@ def test_counts_are_close_to_those_of_the_paper(name):
 # ----------------------------------------------------------------------- head and shapes
 
 
-@every_member
-@pytest.mark.parametrize("form", [train_form, deploy_form])
+@every_form
 def test_logits_come_from_the_parts_it_says(name, form):
     model = form(name)
     assert isinstance(model, ImageClassifier)
@@ -329,8 +331,7 @@ def test_dropout_is_before_the_classifier_and_in_training_only(name):
     assert torch.equal(quiet.forward_head(features), quiet.forward_head(features))
 
 
-@every_member
-@pytest.mark.parametrize("form", [train_form, deploy_form])
+@every_form
 def test_it_takes_any_input_size(name, form):
     duty(name, "sizes")
     assert shape(form(name), 1, 3, 33, 47) == (1, 1000)
@@ -387,8 +388,7 @@ def test_a_fused_model_can_be_given_a_new_classifier(name):
 # ----------------------------------------------------------------------- features
 
 
-@every_member
-@pytest.mark.parametrize("form", [train_form, deploy_form])
+@every_form
 def test_feature_info_is_true(name, form):
     duty(name, "features")
     model = form(name)
