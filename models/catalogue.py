@@ -92,17 +92,15 @@ class Weights:
 
     `source` is a Hugging Face repository ("owner/name", then `filename` and `revision` count) or a
     URL. `digest` is what its publisher says of the file, "sha256:<hex>" or "sha1:<hex>", whole or
-    the first digits. `layout` names the key layout of its state dict. `licence` is an SPDX
-    identifier, or else says what is known. `unreadable` is the reason why litezoo knows the file
-    but can not load it.
+    the first digits. `licence` is an SPDX identifier, or else says what is known. `unreadable` is
+    the reason why litezoo knows the file but can not load it.
     """
 
     tag: str
     source: str
-    licence: str
-    top1_percent: float | None
-    top1_source: str
-    layout: str
+    licence: str = ""
+    top1_percent: float | None = None
+    top1_source: str = ""
     digest: str = ""
     filename: str = "model.safetensors"
     revision: str = "main"
@@ -113,7 +111,7 @@ class Weights:
     @property
     def is_free(self) -> bool:
         """Whether the licence allows any use, commercial use too."""
-        return self.licence in FREE_LICENCES
+        return self.licence.casefold() in {licence.casefold() for licence in FREE_LICENCES}
 
     @property
     def is_url(self) -> bool:
@@ -227,7 +225,6 @@ def _read_weights_table() -> Mapping[str, tuple[Weights, ...]]:
             source=row["source"],
             digest=row["digest"],
             licence=row["licence"],
-            layout=row["layout"],
             top1_percent=float(row["top1_percent"]) if row["top1_percent"] else None,
             top1_source=row["top1_source"],
             num_classes=int(row["num_classes"]),

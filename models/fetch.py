@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ def find_weights(
         return Path(weights), None
     if weights.startswith(HUB_PREFIX):
         entry = fetch_hub_config(weights.removeprefix(HUB_PREFIX))[1]
+        if entry.licence:
+            entry.check_licence(allow_license, model=spec.name)
         return fetch_weights(entry, model=spec.name), entry
     if "://" in weights:
         digest = re.search(r"-([a-f0-9]{8,64})\.", weights)  # torch.hub's convention for names
-        entry = Weights(
-            tag=weights, source=weights, licence="", top1_percent=None, top1_source="", layout="",
-            digest=f"sha256:{digest[1]}" if digest else "",
-        )  # fmt: skip
+        known = f"sha256:{digest[1]}" if digest else ""
+        entry = Weights(tag=weights, source=weights, digest=known)
         return fetch_weights(entry, model=spec.name), None
     if Path(weights).suffix or "/" in weights or "\\" in weights:
         return Path(weights), None
@@ -85,11 +86,9 @@ def fetch_weights(weights: Weights, *, model: str) -> Path:
 def fetch_hub_config(repository: str) -> tuple[dict[str, Any], Weights]:
     """Return a repository's config.json (timm's form) and what it says of the weights beside it."""
     repository, _, revision = repository.partition("@")
-    entry = Weights(
-        tag=HUB_PREFIX + repository, source=repository, revision=revision or "main",
-        filename="config.json", licence="", top1_percent=None, top1_source="", layout="",
-    )  # fmt: skip
-    file = fetch_weights(entry, model="MODEL")
+    tag = HUB_PREFIX + repository
+    entry = Weights(tag=tag, source=repository, revision=revision or "main")
+    file = fetch_weights(replace(entry, filename="config.json"), model="MODEL")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         known = config["pretrained_cfg"]
@@ -102,10 +101,8 @@ def fetch_hub_config(repository: str) -> tuple[dict[str, Any], Weights]:
             f"{repository} is no repository of an image classifier in timm's form: its "
             f"config.json is not readable ({_reason(error)})"
         ) from error
-    return config, Weights(
-        tag=entry.tag, source=repository, revision=entry.revision, licence="", top1_percent=None,
-        top1_source="", layout="litezoo", preprocess=preprocess, num_classes=classes,
-    )  # fmt: skip
+    licence = str(known.get("license") or "")
+    return config, replace(entry, licence=licence, preprocess=preprocess, num_classes=classes)
 
 
 def _reason(error: Exception) -> str:

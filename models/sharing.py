@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from .classifier import ImageClassifier
@@ -55,8 +57,12 @@ def from_pretrained(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    allow_license: str | Sequence[str] = (),
 ) -> ImageClassifier:
-    """Return the classifier that `push_to_hub` left in "owner/name" (or "owner/name@revision")."""
+    """Return the classifier that `push_to_hub` left in "owner/name" (or "owner/name@revision").
+
+    A licence in its config.json that is not free has to be accepted by name in `allow_license`.
+    """
     config, _ = fetch_hub_config(repository)
     architecture = str(config.get("architecture", ""))
     if not architecture.startswith("litezoo_"):
@@ -69,4 +75,5 @@ def from_pretrained(
         weights=HUB_PREFIX + repository,
         num_classes=num_classes,
         in_chans=in_chans,
+        allow_license=allow_license,
     )
