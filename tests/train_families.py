@@ -17,7 +17,7 @@ from litezoo.models.catalogue import get_spec, list_models
 
 TABLE = Path(__file__).parents[1] / "docs" / "digits.md"
 #: What the digits' recipe does not fit: a model, and options. MobileOne's deep sums start slowly;
-#: RepOpt-VGG's smallest has 52 million parameters, and VGG 134: there fewer and smaller images do.
+#: RepOpt-VGG's smallest has 52 million parameters, and VGG 134: there fewer steps do.
 MODELS = {"mobileone": "mobileone_s1"}
 OPTIONS = {
     "mobileone": ["--model.optimizer.lr", "8.0e-3"],
@@ -25,7 +25,10 @@ OPTIONS = {
         *("--model.optimizer.lr", "1.0e-3", "--data.input_size", "16"),
         *("--trainer.max_epochs", "8", "--model.schedule.warmup_epochs", "1"),
     ],
-    "vgg": ["--model.optimizer.lr", "5.0e-4", "--trainer.max_epochs", "5"],
+    "vgg": [
+        *("--model.optimizer.lr", "5.0e-4", "--data.batch_size", "64", "--model.ema_decay", "null"),
+        *("--trainer.max_epochs", "6", "--model.schedule.warmup_epochs", "1"),
+    ],
 }
 HEAD = """# What the families reach on the digits
 
