@@ -6,7 +6,7 @@ STAMP := $(VENV)/.made
 ZOO := $(BIN)/litezoo
 
 # glibc would give every freed weight back and clear it again: a third of the tests' time
-KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=4294967296
 
 DEVICE ?= cpu
 DATA ?= digits
@@ -25,6 +25,8 @@ $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade --disable-pip-version-check pip
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	# for its protobuf schema alone: it pins an older protobuf than onnx has
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps tritonclient
 	@touch $@
 
 install: $(STAMP) ## create or refresh .venv

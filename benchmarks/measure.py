@@ -15,7 +15,7 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +31,15 @@ from litezoo.recipes.devices import get_device
 
 from .machine import Machine, read_machine, usable_cpus
 
-__all__ = ["PROTOCOL", "Candidate", "Measurement", "candidates_of", "measure", "pytorch_candidates"]
+__all__ = [
+    "PROTOCOL",
+    "Candidate",
+    "Measurement",
+    "candidates_of",
+    "measure",
+    "pytorch_candidates",
+    "rank",
+]
 
 PROTOCOL = "interleaved-1"
 SCHEMA = 1
@@ -230,6 +238,51 @@ def _warm_up(session: Session, images: Array) -> None:
         previous = median
 
 
+def _interleave(
+    runs: Sequence[tuple[str, Session, Array]],
+    *,
+    threads: int,
+    seed: int,
+    progress: Callable[[str], None],
+) -> list[list[list[float]]]:
+    """Return the times in ms of every run's blocks; a run is (label, session, batch)."""
+    rng = random.Random(seed)
+    blocks: list[list[list[float]]] = [[] for _ in runs]
+    with _pinned(threads):
+        for label, session, images in runs:
+            progress(f"batch {len(images)}: warming up {label}")
+            _warm_up(session, images)
+        while not all(_enough(own) for own in blocks):
+            progress(f"batch {len(runs[0][2])}: round {len(blocks[0]) + 1}, {len(runs)} engines")
+            for index in rng.sample(range(len(runs)), len(runs)):
+                time.sleep(IDLE_S)
+                blocks[index].append(_block(*runs[index][1:], BLOCK_S))
+    return blocks
+
+
+def rank(
+    sessions: Mapping[str, Session],
+    batch: Array,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Mapping[str, float]:
+    """Measure sessions by label in one interleaved run on one batch: milliseconds a batch.
+
+    The least of a session's block medians, which a busy machine changes least.
+    """
+    blocks = _interleave(
+        [(label, session, batch) for label, session in sessions.items()],
+        threads=threads or len(usable_cpus()),
+        seed=0,
+        progress=progress,
+    )
+    return {
+        label: round(min(float(np.median(block)) for block in own), 4)
+        for label, own in zip(sessions, blocks, strict=True)
+    }
+
+
 def measure(
     candidates: Sequence[Candidate],
     *,
@@ -242,22 +295,20 @@ def measure(
     if not candidates:
         raise UsageError("nothing to measure; give the folder of an artifact")
     check_conditions(batches=[batch], threads=threads)
-    machine = read_machine()
-    rng, noise = random.Random(seed), np.random.default_rng(seed)
-    images = [
-        noise.standard_normal((batch, *c.artifact.preprocess.input_size), dtype=np.float32)
-        for c in candidates
-    ]
-    blocks: list[list[list[float]]] = [[] for _ in candidates]
-    with _pinned(threads):
-        for candidate, data in zip(candidates, images, strict=True):
-            progress(f"batch {batch}: warming up {candidate.label}")
-            _warm_up(candidate.session, data)
-        while not all(_enough(own) for own in blocks):
-            progress(f"batch {batch}: round {len(blocks[0]) + 1}, {len(candidates)} engines")
-            for index in rng.sample(range(len(candidates)), len(candidates)):
-                time.sleep(IDLE_S)
-                blocks[index].append(_block(candidates[index].session, images[index], BLOCK_S))
+    machine, noise = read_machine(), np.random.default_rng(seed)
+    blocks = _interleave(
+        [
+            (
+                c.label,
+                c.session,
+                noise.standard_normal((batch, *c.artifact.preprocess.input_size), dtype=np.float32),
+            )
+            for c in candidates
+        ],
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
     medians = np.array([[np.median(block) for block in own] for own in blocks])
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return [

@@ -24,40 +24,58 @@ from litezoo.models.errors import CheckFailed, LitezooError, MissingError, Usage
 from litezoo.models.files import file_sha256
 from litezoo.recipes.devices import get_device
 
-from .parity import Parity, check_batches
-from .runtime import Array, Session, get_runtime
+from .parity import TOLERANCE, Parity, check_batches, check_parity
+from .runtime import Array, Objective, Session, get_runtime
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Accuracy", "Artifact", "Engine", "LoadedArtifact", "load", "read_artifact", "verify"]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 EXPECTED = "expected.npz"
+GOLDEN = "golden.npz"
 ARTIFACTS = Path("artifacts")
 _ZEROS = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 in percent on a test split, of this engine and of PyTorch on the same images."""
+    """How an engine and PyTorch (float32) classify the same images of a data set's split.
+
+    `agreement_percent` is the share of images with the same first class, `snr_db` the power of
+    PyTorch's logits over that of the difference, in decibels.
+    """
 
     data: str
     images: int
     top1_percent: float
     pytorch_top1_percent: float
+    agreement_percent: float
+    snr_db: float
+
+    @property
+    def drop(self) -> float:
+        """Points of top-1 lost."""
+        return self.pytorch_top1_percent - self.top1_percent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One runtime's files at one precision, with their evidence."""
+    """One runtime's files at one precision, with their evidence.
+
+    `ms_per_batch` is the median time of a batch of `batch` images, where export compared engines.
+    """
 
     runtime: str
     precision: str
     files: tuple[str, ...]
     parity: Parity
     accuracy: Accuracy | None = None
+    objective: Objective = "latency"
+    batch: int = 1
+    ms_per_batch: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -71,8 +89,9 @@ class Artifact:
     """What manifest.json says.
 
     `weights` is a tag, a checkpoint's path or "random" (speed only); `checks` are the parity of the
-    stages before the engines; `onnx` maps each precision to its file, `onnx_accuracy` those to
-    their top-1 that no engine here loads; `not_built` says for each absent runtime why.
+    stages before the engines; `onnx` maps each form of the graph to its file, `onnx_accuracy` those
+    to their accuracy that no engine here loads; `not_built` says for each absent runtime, form or
+    engine why. `inputs` is all that decides what was built.
     """
 
     model: str
@@ -93,6 +112,7 @@ class Artifact:
     versions: Mapping[str, str]
     created: str
     onnx_accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -104,9 +124,9 @@ class Artifact:
 
     @property
     def bare_onnx(self) -> Mapping[str, str]:
-        """The ONNX files, by precision, that no ONNX Runtime engine of this artifact loads."""
-        covered = {e.precision for e in self.engines if e.runtime == "onnxruntime"}
-        return {name: file for name, file in self.onnx.items() if name not in covered}
+        """The ONNX files, by form, that no engine of this artifact loads as they are."""
+        loaded = {file for engine in self.engines for file in engine.files}
+        return {form: file for form, file in self.onnx.items() if file not in loaded}
 
     def to_json(self) -> str:
         """Return manifest.json's text; it holds its own sha256, taken with zeros in its place."""
@@ -225,7 +245,11 @@ def load_session(
     check_hashes(folder, artifact, engine.files)
     files = [folder / name for name in engine.files]
     return get_runtime(engine.runtime).load(
-        files, device=get_device(artifact.device), threads=threads
+        files,
+        device=get_device(artifact.device),
+        precision=engine.precision,
+        threads=threads,
+        objective=engine.objective,
     )
 
 
@@ -254,32 +278,52 @@ def verify(folder: Path) -> Verified:
     check_hashes(folder, artifact)
     images, expected = read_expected(folder)
     device = get_device(artifact.device)
-    parities: list[Parity] = []
+    parities: list[Parity] = _check_preprocessing(folder, artifact, images)
     skipped: dict[str, str] = {}
     for engine in artifact.engines:
         if (reason := get_runtime(engine.runtime).missing(device)) is not None:
             skipped[engine.label] = reason
             continue
         session = load_session(folder, artifact, engine)
-        tolerance = engine.parity.tolerance
-        parities.append(
-            check_batches(engine.label, session.run, images, expected, tolerance=tolerance)
-        )
+        parities.append(_repeat(engine.parity, engine.label, session, images, expected))
     reference = get_runtime("onnxruntime")
     for check in artifact.checks:
-        precision = check.stage.removeprefix("onnx ")
-        if precision not in artifact.bare_onnx:
+        form = check.stage.removeprefix("onnx ")
+        if form not in artifact.bare_onnx:
             continue
         if (reason := reference.missing(device)) is not None:
             skipped[check.stage] = reason
             continue
-        session = reference.load([folder / artifact.onnx[precision]], device=device)
-        parities.append(
-            check_batches(check.stage, session.run, images, expected, tolerance=check.tolerance)
-        )
-    if not parities:
+        session = reference.load([folder / artifact.onnx[form]], device=device, precision="fp32")
+        parities.append(_repeat(check, check.stage, session, images, expected))
+    if not any(parity.stage != "preprocessing" for parity in parities):
         raise MissingError(f"{folder} cannot be run here: {'; '.join(skipped.values())}")
     return Verified(files=len(artifact.files), parities=tuple(parities), skipped=skipped)
+
+
+def _repeat(parity: Parity, stage: str, session: Session, images: Array, expected: Array) -> Parity:
+    """Compare again as it was compared at export."""
+    return check_batches(
+        stage, session.run, images, expected, tolerance=parity.tolerance, batches=parity.batches
+    )
+
+
+def _check_preprocessing(folder: Path, artifact: Artifact, expected: Array) -> list[Parity]:
+    """Preprocess the golden images as `load` does and compare with what training's code gave."""
+    if not (folder / GOLDEN).is_file():
+        return []
+    from PIL import Image
+
+    with np.load(folder / GOLDEN) as arrays:
+        names = sorted(name for name in arrays if name.startswith("image_"))
+        photos = [Image.fromarray(arrays[name]) for name in names]
+    got = np.stack([preprocess_image(photo, artifact.preprocess) for photo in photos])
+    return [
+        check_parity(
+            "preprocessing", got.reshape(len(got), -1), expected.reshape(len(expected), -1),
+            reference="timm", tolerance=TOLERANCE["fp32"],
+        )
+    ]  # fmt: skip
 
 
 class LoadedArtifact:

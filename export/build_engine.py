@@ -5,6 +5,7 @@ TensorRT and cuda-python (the last two are imported when they are used) and Pyth
 
     python build_engine.py                      build, check and measure every engine of the kit
     python build_engine.py --precision fp16     only this one
+    python build_engine.py --triton             and lay out a Triton model repository of them
 
 Precision is in the ONNX file (a strongly typed network), so the same file serves TensorRT 10.12 to
 11. An engine is published only after its outputs were compared with the expected ones; what was
@@ -28,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,47 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Log = Callable[[str], None]
 
-KIT_FORMAT = 1
+KIT_FORMAT = 2
 INSTALL = "python -m pip install -r requirements.txt"
-#: tensorrt-cu12 wheels need driver 535, which reports CUDA 12.2 (TensorRT 11.4 prerequisites).
+#: tensorrt-cu12 wheels need driver 535 (TensorRT 11.4 prerequisites); a device file may ask more.
 DRIVER_MIN = 535
-DRIVER_MIN_CUDA = (12, 2)
-#: fp32: largest error relative to the largest logit; fp16: largest 1 - cosine of an image's logits.
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-4}
+#: First driver of each branch that serves a CUDA version (CUDA Toolkit release notes, table 3).
+_DRIVER_CUDA: Mapping[int, tuple[int, int]] = {
+    535: (12, 2),
+    550: (12, 4),
+    560: (12, 6),
+    570: (12, 8),
+    580: (13, 0),
+}
+#: Engine precision -> form of the typed ONNX file that it is built from.
+FORMS: Mapping[str, str] = {
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "int8+fp16": "int8-fp16",
+    "int8": "int8",
+}
+#: Largest max |difference| / max |logit|, the measure of export/parity.py. Of fp32 and fp16 against
+#: the fp32 network; of int8 against its own ONNX file run by ONNX Runtime: what quantizing itself
+#: costs was judged by export, here is asked whether the engine computes that same file. A rounding
+#: that falls the other way moves an activation by a whole step: OpenVINO is off by up to 3e-3
+#: (repvgg_a0, mobilenetv2_035 at 64 px), no TensorRT engine was measured yet, hence the margin.
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "int8+fp16": 5e-2, "int8": 5e-2}
 #: A different top-1 class counts only if the two expected logits differ by more than this share
-#: of the image's largest logit: fp16 may order a near tie either way.
-TIE = 0.01
+#: of the image's largest logit: rounding may order a near tie either way.
+TIES: Mapping[str, float] = {"fp32": 0.01, "fp16": 0.01, "int8+fp16": 0.05, "int8": 0.05}
+#: Batch sizes at which every engine is compared: one, more, and one that divides nothing.
 CHECK_BATCHES = (1, 2, 7)
-_ENGINE_NAME = re.compile(r"(?P<stem>.+)\.sm(?P<sm>\d+)\.trt(?P<version>\d+(\.\d+)*)\.plan")
+#: Which other GPUs may run an engine -> lowest compute capability that has this.
+HARDWARE_COMPATIBILITY: Mapping[str, str] = {
+    "none": "0.0",
+    "same_compute_capability": "7.5",
+    "ampere_plus": "8.0",
+}
+PROFILED_RUNS = 20
+TIMING_CACHE = "timing.cache"
+_ENGINE_NAME = re.compile(
+    r"(?P<stem>.+)\.sm(?P<sm>\d+)(?P<plus>plus)?\.trt(?P<version>\d+(\.\d+)*)(?P<vc>\.vc)?\.plan"
+)
 
 
 class KitError(Exception):
@@ -92,10 +122,36 @@ class Target:
     compute_capability: str
     tensorrt_min: str = "10.12"
     tensorrt_below: str = "12"
+    driver_min: int = DRIVER_MIN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Target):
+class BuildOptions:
+    """What may be chosen of an engine besides its network.
+
+    `hardware_compatibility` is one of HARDWARE_COMPATIBILITY: an engine for other GPUs of the same
+    compute capability, or for all from Ampere on, may be slower. `version_compatible` engines run
+    on newer TensorRT too; they carry code that loading them runs. `optimization_level` 0 (builds
+    soon) to 5 (searches most).
+    """
+
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    optimization_level: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse what TensorRT does not have."""
+        if self.hardware_compatibility not in HARDWARE_COMPATIBILITY:
+            raise Wrong(
+                f"hardware compatibility is {', '.join(HARDWARE_COMPATIBILITY)}, not "
+                f"{self.hardware_compatibility}"
+            )
+        if not 0 <= self.optimization_level <= 5:
+            raise Wrong(f"optimization level goes from 0 to 5, not {self.optimization_level}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Target, BuildOptions):
     """How one typed ONNX file becomes an engine: an entry of `engines` in kit.json.
 
     The input is (N, channels, height, width), N from `batch_min` to `batch_max` and fastest at
@@ -117,6 +173,22 @@ class Settings(Target):
     tolerance: float
     warm_up_ms: float = 200.0
     seconds: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse an option that the device's GPU has no engines of."""
+        super().__post_init__()
+        lowest = HARDWARE_COMPATIBILITY[self.hardware_compatibility]
+        if _numbers(self.compute_capability) < _numbers(lowest):
+            raise Wrong(
+                f"{self.hardware_compatibility} engines need compute capability {lowest} or more "
+                f"and {self.title} has {self.compute_capability}; take none or "
+                "same_compute_capability"
+            )
+
+    @property
+    def form(self) -> str:
+        """Return the form of the ONNX file, e.g. "int8-fp16"."""
+        return FORMS.get(self.precision, self.precision)
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return the input's shape at this batch size."""
@@ -157,11 +229,8 @@ class Parity:
         """Return None if the engine may be used, else what is wrong, in a sentence."""
         if not self.finite:
             return "some outputs are not finite numbers"
-        if self.precision == "fp32":
-            if self.max_relative_error > tolerance:
-                return f"relative error {self.max_relative_error:.2e} > {tolerance:.0e}"
-        elif 1 - self.min_cosine > tolerance:
-            return f"cosine {self.min_cosine:.6f} < {1 - tolerance:g}"
+        if self.max_relative_error > tolerance:
+            return f"relative error {self.max_relative_error:.2e} > {tolerance:.0e}"
         if self.top1_agreement < 1:
             return f"top-1 agrees for {self.top1_agreement:.1%} of the images, not for all"
         return None
@@ -194,28 +263,82 @@ def _write_part(file: Path, content: bytes) -> Path:
     return part
 
 
-def engine_name(stem: str, *, compute_capability: str, tensorrt_version: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class EngineName:
+    """What an engine's file name says of where it loads."""
+
+    stem: str
+    compute_capability: str
+    tensorrt_version: str
+    ampere_plus: bool = False
+    version_compatible: bool = False
+
+    def runs_on(self, compute_capability: str) -> bool:
+        """Whether GPUs of this compute capability take the engine."""
+        if self.ampere_plus:
+            return _numbers(compute_capability) >= (8, 0)
+        return compute_capability == self.compute_capability
+
+    def runs_with(self, tensorrt_version: str) -> bool:
+        """Whether this TensorRT takes the engine.
+
+        A version compatible one: the TensorRT that built it and newer, of its major version or the
+        next one.
+        """
+        if not self.version_compatible:
+            return tensorrt_version == self.tensorrt_version
+        ours, theirs = _numbers(self.tensorrt_version), _numbers(tensorrt_version)
+        return ours <= theirs and theirs[0] <= ours[0] + 1
+
+
+def engine_stem(onnx_name: str, *, precision: str) -> str:
+    """Return the beginning of an engine's file name, which says its precision once.
+
+    >>> engine_stem("a0.onnx", precision="int8+fp16"), engine_stem("a0.fp16.onnx", precision="fp16")
+    ('a0.int8-fp16', 'a0.fp16')
+    """
+    stem, form = Path(onnx_name).stem, FORMS[precision]
+    return stem if stem.endswith(f".{form}") else f"{stem}.{form}"
+
+
+def engine_name(
+    stem: str, *, compute_capability: str, tensorrt_version: str, options: BuildOptions
+) -> str:
     """Return an engine's file name, which says where it loads.
 
-    >>> engine_name("a0.fp16", compute_capability="7.5", tensorrt_version="10.16.1.11")
-    'a0.fp16.sm75.trt10.16.1.11.plan'
+    >>> gpu = {"compute_capability": "8.6", "tensorrt_version": "10.16.1.11"}
+    >>> engine_name("a0.fp16", **gpu, options=BuildOptions())
+    'a0.fp16.sm86.trt10.16.1.11.plan'
+    >>> any_gpu = BuildOptions(hardware_compatibility="ampere_plus", version_compatible=True)
+    >>> engine_name("a0.fp16", **gpu, options=any_gpu)
+    'a0.fp16.sm86plus.trt10.16.1.11.vc.plan'
     """
-    return f"{stem}.sm{compute_capability.replace('.', '')}.trt{tensorrt_version}.plan"
+    plus = "plus" if options.hardware_compatibility == "ampere_plus" else ""
+    compatible = ".vc" if options.version_compatible else ""
+    sm = compute_capability.replace(".", "")
+    return f"{stem}.sm{sm}{plus}.trt{tensorrt_version}{compatible}.plan"
 
 
-def read_engine_name(name: str) -> tuple[str, str]:
-    """Return (compute capability, TensorRT version) of an engine's file name.
+def read_engine_name(name: str) -> EngineName:
+    """Return what an engine's file name says.
 
-    >>> read_engine_name("a0.fp16.sm75.trt10.16.1.11.plan")
-    ('7.5', '10.16.1.11')
+    >>> found = read_engine_name("a0.fp16.sm75.trt10.16.1.11.plan")
+    >>> found.stem, found.compute_capability, found.tensorrt_version
+    ('a0.fp16', '7.5', '10.16.1.11')
     """
     found = _ENGINE_NAME.fullmatch(name)
     if not found or len(found["sm"]) < 2:
         raise Wrong(
             f"{name!r} does not say what it runs on; the name has the form "
-            f"{engine_name('MODEL', compute_capability='7.5', tensorrt_version='10.16.1.11')}"
+            "MODEL.fp16.sm75.trt10.16.1.11.plan"
         )
-    return f"{found['sm'][:-1]}.{found['sm'][-1]}", found["version"]
+    return EngineName(
+        stem=found["stem"],
+        compute_capability=f"{found['sm'][:-1]}.{found['sm'][-1]}",
+        tensorrt_version=found["version"],
+        ampere_plus=found["plus"] is not None,
+        version_compatible=found["vc"] is not None,
+    )
 
 
 # --- what is on this machine ---------------------------------------------------------------------
@@ -304,11 +427,13 @@ def _check_driver(cuda: Any, target: Target) -> str:
             f"no NVIDIA GPU is visible here and {target.device} needs compute capability "
             f"{target.compute_capability} ({target.title}); to see what the driver sees: nvidia-smi"
         )
-    if driver < DRIVER_MIN_CUDA:
+    served = [cuda for first, cuda in _DRIVER_CUDA.items() if first <= target.driver_min]
+    wanted = max(served, default=_DRIVER_CUDA[DRIVER_MIN])
+    if driver < wanted:
         raise Missing(
-            f"the NVIDIA driver here serves CUDA {named} only; the tensorrt-cu12 wheels need "
-            f"driver {DRIVER_MIN} or newer (CUDA {DRIVER_MIN_CUDA[0]}.{DRIVER_MIN_CUDA[1]}); "
-            "update it, then see its version with: nvidia-smi"
+            f"the NVIDIA driver here serves CUDA {named} only; {target.device} with the "
+            f"tensorrt-cu12 wheels needs driver {target.driver_min} or newer (CUDA {wanted[0]}."
+            f"{wanted[1]}); update it, then see its version with: nvidia-smi"
         )
     if status == errors.cudaErrorInsufficientDriver:
         raise Missing(
@@ -381,11 +506,17 @@ def _create_monitor(trt: Any, progress: Log) -> Any:
 
 
 def build_plan(
-    onnx_file: Path, *, settings: Settings, log: Log, progress: Log | None = None
+    onnx_file: Path,
+    *,
+    settings: Settings,
+    log: Log,
+    progress: Log | None = None,
+    timing_cache: Path | None = None,
 ) -> bytes:
     """Build the engine of a typed ONNX file on the current GPU and return it serialized.
 
     `log` takes TensorRT's warnings and errors, `progress` one short text per build step.
+    `timing_cache` is a file of what earlier builds measured on this GPU: read, then written anew.
     """
     trt = find_tensorrt(install=INSTALL)
     logger = _create_logger(trt, log)
@@ -405,6 +536,14 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.avg_timing_iterations = 8  # what trtexec takes
+    config.builder_optimization_level = settings.optimization_level
+    config.hardware_compatibility_level = {
+        "none": trt.HardwareCompatibilityLevel.NONE,
+        "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+        "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+    }[settings.hardware_compatibility]
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # else "fp32" would multiply 10-bit mantissas
     if progress is not None:
@@ -421,10 +560,33 @@ def build_plan(
             f"TensorRT refuses the batch sizes {settings.batch_min}, {settings.batch_opt}, "
             f"{settings.batch_max} for {onnx_file.name}: {_last_words(logger)}"
         )
+    if timing_cache is not None:
+        _read_timing_cache(config, timing_cache, log)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Failed(f"TensorRT built no engine of {onnx_file.name}: {_last_words(logger)}")
+    if timing_cache is not None:
+        learned = config.get_timing_cache()
+        if learned is not None:
+            write_whole(timing_cache, bytes(learned.serialize()))
     return bytes(plan)
+
+
+def _read_timing_cache(config: Any, file: Path, log: Log) -> None:
+    """Give the builder what `file` holds; what it refuses is said and replaced by nothing."""
+    content = file.read_bytes() if file.is_file() else b""
+    cache = config.create_timing_cache(content)
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return
+    if content:
+        log(
+            f"{file.name} is of another GPU or TensorRT version and is not used; "
+            "this build measures anew and replaces it"
+        )
+        empty = config.create_timing_cache(b"")
+        if empty is not None and config.set_timing_cache(empty, ignore_mismatch=False):
+            return
+    log("TensorRT takes no timing cache here; the next build measures again")
 
 
 def _check_network(network: Any, settings: Settings) -> None:
@@ -470,6 +632,9 @@ def trtexec_command(settings: Settings) -> str:
     def shapes(batch: int) -> str:
         return f"{settings.input_name}:{'x'.join(map(str, settings.shape(batch)))}"
 
+    levels = {"same_compute_capability": "sameComputeCapability", "ampere_plus": "ampere+"}
+    level = levels.get(settings.hardware_compatibility)
+    hardware = [f"--hardwareCompatibilityLevel={level}"] if level else []
     words = [
         "trtexec",
         f"--onnx={settings.onnx}",
@@ -481,6 +646,10 @@ def trtexec_command(settings: Settings) -> str:
         f"--shapes={shapes(settings.batch_opt)}",
         f"--memPoolSize=workspace:{settings.workspace_mib}",
         *(["--noTF32"] if settings.precision == "fp32" else []),
+        f"--builderOptimizationLevel={settings.optimization_level}",
+        *(["--versionCompatible"] if settings.version_compatible else []),
+        *hardware,
+        "--timingCacheFile=trtexec.cache",
         "--profilingVerbosity=detailed",
         "--avgTiming=8",
         f"--warmUp={round(settings.warm_up_ms)}",
@@ -494,10 +663,25 @@ def trtexec_command(settings: Settings) -> str:
 
 
 class Engine:
-    """One engine in GPU memory: takes (N, C, H, W) float32 and gives (N, classes)."""
+    """One engine in GPU memory: takes (N, C, H, W) float32 and gives (N, classes).
 
-    def __init__(self, plan: bytes, *, environment: Environment, log: Log) -> None:
+    With `cuda_graph` the second run of a batch size is captured and the following ones are replays;
+    another batch size begins anew, so that no graph outlives the shapes it was captured with.
+    `trusted` lets a version compatible plan run the code that it carries.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        *,
+        environment: Environment,
+        log: Log,
+        cuda_graph: bool = False,
+        trusted: bool = False,
+    ) -> None:
         trt = environment.trt
+        self._trt, self._log = trt, log
+        self._cuda_graph, self._graph, self._eager_runs = cuda_graph, None, 0
         self._cuda = environment.cuda
         self._gpu_index = environment.gpu_index
         self._stream: Any = None
@@ -511,6 +695,8 @@ class Engine:
             raise Failed(
                 f"TensorRT {trt.__version__} cannot start here: {_last_words(self._logger)}"
             ) from error
+        if trusted:
+            self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise Failed(
@@ -573,10 +759,48 @@ class Engine:
         if unknown := self._context.infer_shapes():
             raise Failed(f"the engine leaves the shapes of {unknown} open: {self._words()}")
         self._batch = batch
+        self._drop_graph()
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the last run was, or the next one will be, a replay of a CUDA graph."""
+        return self._graph is not None
+
+    def use_cuda_graph(self, on: bool) -> None:
+        """Replay a CUDA graph from the second run of a batch size on, or run every time."""
+        self._drop_graph()
+        self._cuda_graph = on
+
+    def _drop_graph(self) -> None:
+        graph, self._graph, self._eager_runs = self._graph, None, 0
+        if graph is not None:
+            _checked(self._cuda, self._cuda.cudaGraphExecDestroy(graph))
+
+    def _capture(self) -> None:
+        """Capture one run as a CUDA graph; where that is refused, say so and go on without."""
+        cuda = self._cuda
+        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _checked(cuda, cuda.cudaStreamBeginCapture(self._stream, mode))
+        accepted = self._context.execute_async_v3(int(self._stream))
+        status, graph = cuda.cudaStreamEndCapture(self._stream)
+        if int(status) == 0 and accepted:
+            self._graph = _checked(cuda, cuda.cudaGraphInstantiate(graph, 0))
+        else:
+            self._cuda_graph = False
+            words = self._words() if int(status) == 0 else _text(cuda.cudaGetErrorString(status)[1])
+            self._log(f"this engine runs without a CUDA graph, capturing it failed: {words}")
+        if int(status) == 0:
+            _checked(cuda, cuda.cudaGraphDestroy(graph))
 
     def _execute(self) -> None:
+        if self._cuda_graph and self._graph is None and self._eager_runs:
+            self._capture()
+        if self._graph is not None:
+            _checked(self._cuda, self._cuda.cudaGraphLaunch(self._graph, self._stream))
+            return
         if not self._context.execute_async_v3(int(self._stream)):
             raise Failed(f"the engine did not run: {self._words()}")
+        self._eager_runs += 1
 
     def _synchronize(self) -> None:
         _checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
@@ -649,8 +873,9 @@ class Engine:
             self._synchronize()
             return (time.perf_counter() - start) * 1e3
 
-        end = time.perf_counter() + warm_up_ms / 1e3
         once()
+        once()  # the second one captures the CUDA graph
+        end = time.perf_counter() + warm_up_ms / 1e3
         while time.perf_counter() < end:
             once()
         taken: list[float] = []
@@ -659,8 +884,49 @@ class Engine:
             taken.append(once())
         return np.array(taken)
 
+    def profile(self, images: Array, *, runs: int) -> list[dict[str, Any]]:
+        """Return each layer's name and median time in ms over replays of a CUDA graph.
+
+        The engine keeps the profiler, which costs time: do not time it afterwards.
+        """
+        images = self._prepare(images)
+        self._set_batch(len(images))
+        profiler = _create_profiler(self._trt)
+        self._context.profiler = profiler
+        self._context.enqueue_emits_profile = False  # reported below, after each replay
+        self.use_cuda_graph(True)
+        self._upload(images)
+        for run in range(runs + 2):  # the first is eager, the second captures
+            self._execute()
+            self._synchronize()
+            if not self._context.report_to_profiler():
+                raise Failed(f"TensorRT reports no layer times: {self._words()}")
+            if run == 1:
+                profiler.times.clear()
+        total = sum(float(np.median(times)) for times in profiler.times.values())
+        return [
+            {
+                "name": name,
+                "ms": float(np.median(times)),
+                "percent": float(100 * np.median(times) / total) if total else 0.0,
+            }
+            for name, times in profiler.times.items()
+        ]
+
+    def inspect(self) -> Any:
+        """Return what TensorRT says of the engine's layers (JSON, read); text where it is none."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        try:
+            return json.loads(text)
+        except ValueError:
+            self._log("TensorRT's description of the engine is not JSON; it is kept as text")
+            return str(text)
+
     def close(self) -> None:
         """Give the GPU memory back; the engine cannot be used afterwards."""
+        self._drop_graph()
         self._context = self._engine = self._runtime = None
         addresses = (self._input_address, self._output_address)
         self._input_address = self._output_address = 0
@@ -677,6 +943,20 @@ class Engine:
             self.close()
 
 
+def _create_profiler(trt: Any) -> Any:
+    """Return a TensorRT profiler that keeps each layer's times in ms."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
 def compare_logits(
     logits: Array, expected: Array, *, precision: str, batches: Sequence[int]
 ) -> Parity:
@@ -688,7 +968,7 @@ def compare_logits(
         norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
         cosine = (ours * theirs).sum(axis=1) / np.maximum(norms, tiny)
     picked = np.take_along_axis(theirs, ours.argmax(axis=1)[:, None], axis=1)[:, 0]
-    agrees = theirs.max(axis=1) - picked <= TIE * np.abs(theirs).max(axis=1)
+    agrees = theirs.max(axis=1) - picked <= TIES[precision] * np.abs(theirs).max(axis=1)
     return Parity(
         precision=precision,
         images=len(expected),
@@ -718,27 +998,70 @@ def check_engine(engine: Engine, *, settings: Settings, images: Array, expected:
 
 def measure_engine(
     engine: Engine, *, settings: Settings, images: Array
-) -> list[dict[str, int | float]]:
-    """Time the engine at its smallest, tuned and largest batch; copies are timed apart."""
-    found = []
+) -> list[dict[str, int | float | bool]]:
+    """Time the engine at its smallest, tuned and largest batch, replaying a CUDA graph.
+
+    Without the graph, and with copies of images and logits, it is timed apart. `spread` is the
+    distance of the quartiles of the medians of ten parts of the runs, over their median.
+    """
+    found: list[dict[str, int | float | bool]] = []
+    limits = {"warm_up_ms": settings.warm_up_ms, "seconds": settings.seconds}
     for batch in sorted({settings.batch_min, settings.batch_opt, settings.batch_max}):
         chosen = images[[i % len(images) for i in range(batch)]]
-        limits = {"warm_up_ms": settings.warm_up_ms, "seconds": settings.seconds}
+        engine.use_cuda_graph(False)
+        eager = engine.time_ms(chosen, copies=False, **limits)
+        engine.use_cuda_graph(True)
         taken = engine.time_ms(chosen, copies=False, **limits)
+        graph = engine.has_graph
         with_copies = engine.time_ms(chosen, copies=True, **limits)
         p50_ms, p90_ms, p99_ms = (float(p) for p in np.percentile(taken, (50, 90, 99)))
+        parts = [float(np.median(part)) for part in np.array_split(taken, 10)]
+        low, middle, high = np.percentile(parts, (25, 50, 75))
         found.append(
             {
                 "batch": batch,
+                "cuda_graph": graph,
                 "p50_ms": p50_ms,
                 "p90_ms": p90_ms,
                 "p99_ms": p99_ms,
                 "images_per_s": float(batch * len(taken) / (taken.sum() / 1e3)),
+                "spread": float((high - low) / middle),
                 "runs": len(taken),
-                "p50_with_copies_ms": float(np.percentile(with_copies, 50)),
+                "seconds": float(taken.sum() / 1e3),
+                "p50_without_graph_ms": float(np.median(eager)),
+                "p50_with_copies_ms": float(np.median(with_copies)),
             }
         )
     return found
+
+
+def describe_layers(
+    plan: bytes,
+    *,
+    settings: Settings,
+    environment: Environment,
+    images: Array,
+    log: Log,
+    runs: int = PROFILED_RUNS,
+) -> dict[str, Any]:
+    """Return each layer's time at the tuned batch size and TensorRT's description of the layers.
+
+    An engine of its own is loaded for this: a profiler costs time.
+    """
+    chosen = images[[i % len(images) for i in range(settings.batch_opt)]]
+    trusted = settings.version_compatible
+    engine = Engine(plan, environment=environment, log=log, trusted=trusted)
+    try:
+        times = engine.profile(chosen, runs=runs)
+        return {
+            "timed": "replays of a CUDA graph" if engine.has_graph else "runs, no CUDA graph",
+            "batch": settings.batch_opt,
+            "runs": runs,
+            "times": times,
+            "engine": engine.inspect(),
+        }
+    finally:
+        engine.close()
 
 
 # --- the kit -------------------------------------------------------------------------------------
@@ -753,6 +1076,7 @@ class Kit:
     expected: str
     engines: tuple[Settings, ...]
     files: Mapping[str, str]
+    triton: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_kit(folder: Path) -> Kit:
@@ -770,23 +1094,25 @@ def read_kit(folder: Path) -> Kit:
             expected=values["expected"],
             engines=tuple(Settings(**entry) for entry in values["engines"]),
             files=dict(values["files"]),
+            triton=dict(values.get("triton", {})),
         )
         if not kit.engines:
             raise ValueError("it lists no engines")
         for settings in kit.engines:
             _check_types(settings)
-        if absent := {kit.expected, *(s.onnx for s in kit.engines)} - set(kit.files):
+        wanted = {kit.expected, *(s.onnx for s in kit.engines), *kit.triton.values()}
+        if absent := wanted - set(kit.files):
             raise ValueError(f"it has no sha256 of {', '.join(sorted(absent))}")
         return kit
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, Wrong) as error:
         raise Failed(f"kit.json cannot be used ({error!r}); copy the whole kit again") from error
 
 
 def _check_types(settings: Settings) -> None:
-    allowed: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    allowed = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if not isinstance(value, allowed[str(field.type)]):
+        if type(value) not in allowed[str(field.type)]:
             raise TypeError(f"{field.name} is {value!r}, not of type {field.type}")
 
 
@@ -801,10 +1127,12 @@ def verify_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def read_expected(file: Path, settings: Settings) -> tuple[Array, Array]:
-    """Return (images, logits) of the kit."""
+    """Return (images, logits) of the kit: of int8 those of its own ONNX file, else of fp32."""
+    own = f"logits_{settings.form}"
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            images, logits = arrays["inputs"], arrays["logits"]
+            images = arrays["inputs"]
+            logits = arrays[own if settings.form.startswith("int8") else "logits"]
     except (KeyError, ValueError, OSError) as error:
         raise Failed(f"{file.name} cannot be read ({error}); copy the whole kit again") from error
     if images.shape != settings.shape(len(images)) or logits.shape[:1] != images.shape[:1]:
@@ -828,23 +1156,45 @@ def make_engine(
     """Build, check, measure and publish one engine of a kit; return its entry of result.json."""
     onnx_file = folder / settings.onnx
     name = engine_name(
-        onnx_file.stem,
+        engine_stem(settings.onnx, precision=settings.precision),
         compute_capability=settings.compute_capability,
         tensorrt_version=environment.tensorrt_version,
+        options=settings,
     )
     file = folder / name
-    file.unlink(missing_ok=True)
+    layers_file = file.with_suffix(".layers.json")
+    for older in (file, layers_file):
+        older.unlink(missing_ok=True)
     start = time.perf_counter()
-    plan = build_plan(onnx_file, settings=settings, log=log, progress=progress)
+    plan = build_plan(
+        onnx_file,
+        settings=settings,
+        log=log,
+        progress=progress,
+        timing_cache=folder / TIMING_CACHE,
+    )
     build_s = time.perf_counter() - start
     part = _write_part(file, plan)
     try:
-        engine = Engine(part.read_bytes(), environment=environment, log=log)
+        engine = Engine(
+            part.read_bytes(),
+            environment=environment,
+            log=log,
+            cuda_graph=True,
+            trusted=settings.version_compatible,
+        )
         parity = check_engine(engine, settings=settings, images=images, expected=expected)
         if problem := parity.problem(settings.tolerance):
             raise Failed(f"{name} is not kept, it differs from the expected logits: {problem}")
         timings = measure_engine(engine, settings=settings, images=images)
         engine.close()
+        try:
+            layers = describe_layers(
+                plan, settings=settings, environment=environment, images=images, log=log
+            )
+            write_whole(layers_file, (json.dumps(layers, indent=2) + "\n").encode())
+        except Failed as error:  # the engine itself was checked and measured
+            log(f"{name} is kept without {layers_file.name}: {error}")
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -854,7 +1204,11 @@ def make_engine(
         "engine_sha256": sha256_of(file),
         "onnx": settings.onnx,
         "onnx_sha256": sha256_of(onnx_file),
+        "layers": layers_file.name if layers_file.is_file() else None,
         "build_s": round(build_s, 3),
+        "options": {
+            field.name: getattr(settings, field.name) for field in dataclasses.fields(BuildOptions)
+        },
         "tolerance": settings.tolerance,
         "parity": dataclasses.asdict(parity),
         "timings": timings,
@@ -862,18 +1216,30 @@ def make_engine(
 
 
 def run_kit(
-    folder: Path, *, precisions: Sequence[str] = (), seconds: float | None = None, log: Log = print
+    folder: Path,
+    *,
+    precisions: Sequence[str] = (),
+    seconds: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    triton: bool = False,
+    log: Log = print,
 ) -> int:
-    """Do all of a kit's work in its folder and return the exit status."""
+    """Do all of a kit's work in its folder and return the exit status.
+
+    `options` are fields of BuildOptions that replace the kit's; `triton` lays out a Triton model
+    repository of the engines too.
+    """
     kit = read_kit(folder)
     verify_files(folder, kit.files)
     known = [settings.precision for settings in kit.engines]
     if unknown := [name for name in precisions if name not in known]:
         raise Wrong(f"this kit has no {unknown[0]}; it has {', '.join(known)}")
+    if triton and not kit.triton:
+        raise Wrong("this kit was made without Triton's configuration; make it with --triton")
     chosen = [s for s in kit.engines if not precisions or s.precision in precisions]
-    if seconds is not None:
-        chosen = [dataclasses.replace(s, seconds=seconds) for s in chosen]
-    images, expected = read_expected(folder / kit.expected, chosen[0])
+    changes = dict(options or {}) | ({} if seconds is None else {"seconds": seconds})
+    chosen = [dataclasses.replace(settings, **changes) for settings in chosen]
+    expected = {s.precision: read_expected(folder / kit.expected, s) for s in chosen}
     environment = find_environment(chosen[0])
     log(
         f"{kit.model} for {chosen[0].title}: TensorRT {environment.tensorrt_version} on "
@@ -885,6 +1251,7 @@ def run_kit(
     failed: dict[str, str] = {}
     for settings in chosen:
         log(f"building {settings.precision} from {settings.onnx} (this can take minutes)")
+        images, logits = expected[settings.precision]
         try:
             made.append(
                 make_engine(
@@ -892,46 +1259,113 @@ def run_kit(
                     settings=settings,
                     environment=environment,
                     images=images,
-                    expected=expected,
+                    expected=logits,
                     log=log,
                     progress=_show_progress if sys.stderr.isatty() else None,
                 )
             )
         except Failed as error:
             failed[settings.precision] = str(error)
-    result = _describe(kit, environment=environment, chosen=chosen)
+    result = _describe(folder, kit, environment=environment, chosen=chosen)
     result |= {"ok": not failed, "engines": made, "failed": failed}
     write_whole(result_file, (json.dumps(result, indent=2) + "\n").encode())
     if made:
         log(_table(made))
+    for entry in made if triton else ():
+        model = lay_out_triton(
+            folder / kit.triton[entry["precision"]], plan=folder / entry["engine"]
+        )
+        log(f"for Triton: {model}")
     if failed:
         raise Failed("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    log(f"all is in {result_file}; copy it and the .plan files back")
+    log(f"all is in {result_file}; copy it, the .plan and the .layers.json files back")
     return 0
 
 
-def _describe(kit: Kit, *, environment: Environment, chosen: Sequence[Settings]) -> dict[str, Any]:
+def lay_out_triton(template: Path, *, plan: Path) -> Path:
+    """Copy a plan into the Triton repository beside `template`; return the model's folder.
+
+    Plans of other compute capabilities that are there already stay, an older one of the same gives
+    way; the configuration is the template with the name of each.
+    """
+    model = template.parent / "triton" / template.stem
+    version = model / "1"
+    version.mkdir(parents=True, exist_ok=True)
+    ours = read_engine_name(plan.name)
+    for other in version.glob("*.plan"):
+        theirs = read_engine_name(other.name)
+        if theirs.compute_capability == ours.compute_capability:
+            other.unlink()
+        elif theirs.tensorrt_version != ours.tensorrt_version:
+            raise Failed(
+                f"{version} has {other.name}, and one Triton server has one TensorRT: remove it, "
+                f"or build both with {ours.tensorrt_version}"
+            )
+    write_whole(version / plan.name, plan.read_bytes())
+    text = template.read_text(encoding="utf-8")
+    write_whole(model / "config.pbtxt", name_plans(text, version.glob("*.plan")).encode())
+    return model
+
+
+def name_plans(config: str, plans: Iterable[Path]) -> str:
+    """Return a Triton configuration with the file name of each GPU's plan."""
+    lines = [config.rstrip("\n")]
+    for name in sorted(plan.name for plan in plans):
+        found = read_engine_name(name)
+        lines += [
+            f"# {name}: the server's TensorRT must be {found.tensorrt_version}"
+            + (" or newer" if found.version_compatible else ""),
+            f'cc_model_filenames {{ key: "{found.compute_capability}" value: "{name}" }}',
+        ]
+        if found.version_compatible:
+            lines.append("# start it with: --backend-config=tensorrt,version-compatible=true")
+    return "\n".join(lines) + "\n"
+
+
+def _describe(
+    folder: Path, kit: Kit, *, environment: Environment, chosen: Sequence[Settings]
+) -> dict[str, Any]:
     """Return what result.json says of this machine and of the conditions."""
     return {
         "format": KIT_FORMAT,
         "model": kit.model,
         "device": kit.device,
+        "kit_sha256": sha256_of(folder / "kit.json"),
+        "image_shape": list(chosen[0].shape(1)[1:]),
         "gpu": environment.gpu_name,
         "compute_capability": environment.compute_capability,
         "driver": _driver_version(),
         "driver_cuda": environment.driver_cuda,
         "tensorrt": environment.tensorrt_version,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "host": _describe_host(),
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "conditions": {
             "timed": "one run from the call until the GPU is done, on the host's clock",
             "copies": False,
-            "cuda_graph": False,
+            "cuda_graph": "in each row of timings",
             "clocks_set_by_this_script": False,
             "warm_up_ms": chosen[0].warm_up_ms,
             "seconds": chosen[0].seconds,
         },
+    }
+
+
+def _describe_host() -> dict[str, Any]:
+    """Return what Linux says of this machine's CPU and memory; "unknown" and 0 elsewhere."""
+    files = {"cpu": "/proc/cpuinfo", "memory": "/proc/meminfo"}
+    text = {}
+    for name, file in files.items():
+        with contextlib.suppress(OSError):
+            text[name] = Path(file).read_text(encoding="utf-8", errors="replace")
+    cpu = re.search(r"^model name\s*:\s*(.+)$", text.get("cpu", ""), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", text.get("memory", ""), re.MULTILINE)
+    return {
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine() or "unknown",
+        "cores": os.cpu_count() or 0,
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else 0.0,
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
     }
 
 
@@ -980,9 +1414,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", action="append", default=[], help="only this one (may be repeated)"
     )
     parser.add_argument("--seconds", type=float, help="how long each batch size is timed")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--hardware-compatibility", metavar="LEVEL", help=", ".join(HARDWARE_COMPATIBILITY)
+    )
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        default=None,
+        help="engines that newer TensorRT versions take too",
+    )
+    parser.add_argument("--optimization-level", type=int, metavar="0..5", help="5 searches most")
+    parser.add_argument(
+        "--triton", action="store_true", help="lay out a Triton model repository of the engines"
+    )
+    given = parser.parse_args(arguments)
+    names = [field.name for field in dataclasses.fields(BuildOptions)]
+    options = {name: value for name in names if (value := getattr(given, name)) is not None}
     try:
-        return run_kit(options.kit, precisions=options.precision, seconds=options.seconds)
+        return run_kit(
+            given.kit,
+            precisions=given.precision,
+            seconds=given.seconds,
+            options=options,
+            triton=given.triton,
+        )
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -9,15 +9,24 @@ import numpy as np
 
 from litezoo.models.errors import CheckFailed
 
+from . import build_engine
 from .runtime import Array
 
 __all__ = ["BATCHES", "TOLERANCE", "Parity", "check_batches", "check_parity"]
 
 #: Batch sizes at which every engine is compared: one, more, and one that divides nothing.
-BATCHES = (1, 2, 7)
+BATCHES = build_engine.CHECK_BATCHES
 
-#: Largest max |difference| / max |logit| that is rounding, by the precision of the weights.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+#: Largest max |difference| / max |logit| from float32 PyTorch, by precision: rounding for floats;
+#: for int8 what a network that is still itself shows (its accuracy is judged apart, by top-1).
+TOLERANCE = {
+    "fp32": build_engine.TOLERANCES["fp32"],
+    "fp16": build_engine.TOLERANCES["fp16"],
+    "bf16": 0.1,
+    "int8": 0.35,
+    "int8+fp16": 0.35,
+    "int8+bf16": 0.4,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +92,12 @@ def check_batches(
     *,
     reference: str = "PyTorch",
     tolerance: float,
+    batches: tuple[int, ...] = BATCHES,
 ) -> Parity:
-    """Run `images` (N, C, H, W) at every size of `BATCHES` and compare all outputs at once."""
-    outputs = [run(np.ascontiguousarray(images[:size])) for size in BATCHES]
-    wanted = [expected[:size] for size in BATCHES]
-    for size, got, want in zip(BATCHES, outputs, wanted, strict=True):
+    """Run `images` (N, C, H, W) at every size of `batches` and compare all outputs at once."""
+    outputs = [run(np.ascontiguousarray(images[:size])) for size in batches]
+    wanted = [expected[:size] for size in batches]
+    for size, got, want in zip(batches, outputs, wanted, strict=True):
         if got.shape != want.shape:
             raise CheckFailed(
                 f"{stage} at batch {size} gives outputs of shape {got.shape}, {reference} of "
@@ -99,5 +109,5 @@ def check_batches(
         np.concatenate(wanted),
         reference=reference,
         tolerance=tolerance,
-        batches=BATCHES,
+        batches=batches,
     )

@@ -9,19 +9,53 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from litezoo.models.errors import unknown_name
+from litezoo.models.errors import UsageError, unknown_name
 from litezoo.recipes.devices import Device
 
-__all__ = ["Array", "Runtime", "Session", "get_runtime", "list_runtimes"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "Array",
+    "BuildSource",
+    "Objective",
+    "Runtime",
+    "Session",
+    "get_runtime",
+    "list_runtimes",
+]
 
 Array = NDArray[np.float32]
+#: What an engine is tuned for: one batch soonest, or most images per second.
+Objective = Literal["latency", "throughput"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSource:
+    """What engines are built from.
+
+    `onnx` maps a form of the graph (fp32, fp16, int8, int8-fp16, int8-u8s8) to its typed file;
+    `module` is the same network in PyTorch (deploy form, float32, eval mode), where it is at hand;
+    `images` (N, C, H, W) are preprocessed examples.
+    """
+
+    onnx: Mapping[str, Path]
+    module: nn.Module | None = None
+    images: Array | None = None
+
+    def file(self, form: str) -> Path:
+        """Return the typed file of a form; UsageError where it was not made."""
+        if form not in self.onnx:
+            raise UsageError(f"there is no {form} ONNX file; there is {', '.join(self.onnx)}")
+        return self.onnx[form]
 
 
 class Session(Protocol):
@@ -39,6 +73,10 @@ class Runtime(Protocol):
     def name(self) -> str:
         """The name used in device files, manifests and results."""
 
+    @property
+    def precisions(self) -> Mapping[str, str | None]:
+        """The form of ONNX file that each precision is built from; None is PyTorch's module."""
+
     def missing(self, device: Device) -> str | None:
         """Return None if this machine can build and run for `device`, else why not, in a sentence.
 
@@ -49,15 +87,23 @@ class Runtime(Protocol):
         """Return the versions of the packages that decide what is built."""
 
     def build(
-        self, onnx_file: Path, *, device: Device, precision: str, folder: Path
+        self, source: BuildSource, *, device: Device, precision: str, folder: Path
     ) -> tuple[Path, ...]:
-        """Write this runtime's files for a typed ONNX file into `folder` and return them.
+        """Write this runtime's files for one of `precisions` into `folder` and return them.
 
         The ONNX file itself is returned where the runtime loads it as it is. Raises MissingError
         where `missing` has a reason, CheckFailed where the library refuses the graph.
         """
 
-    def load(self, files: Sequence[Path], *, device: Device, threads: int | None = None) -> Session:
+    def load(
+        self,
+        files: Sequence[Path],
+        *,
+        device: Device,
+        precision: str,
+        threads: int | None = None,
+        objective: Objective = "latency",
+    ) -> Session:
         """Load what `build` wrote; `threads` limits CPU runtimes (default: all cores)."""
 
 

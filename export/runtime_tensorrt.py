@@ -7,10 +7,12 @@ the face of a litezoo runtime. tensorrt and cuda-python are imported when they a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from litezoo.models.errors import CheckFailed, LitezooError, MissingError, UsageError, require
@@ -18,8 +20,8 @@ from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device
 
 from . import build_engine
-from .build_engine import Engine, Environment, Settings, Target
-from .runtime import Array, Session
+from .build_engine import BuildOptions, Engine, Environment, Settings, Target
+from .runtime import Array, BuildSource, Objective, Session
 
 __all__ = ["RUNTIME", "TensorRT", "create_settings", "read_signature"]
 
@@ -52,12 +54,19 @@ def _create_target(device: Device) -> Target:
         raise UsageError(
             f"{device.name}: toolchain tensorrt has the form '>=10.12,<12', not {wanted!r}"
         )
+    driver = re.fullmatch(r">=\s*(\d+)(\.\d+)*", device.toolchain.get("driver", ">=0"))
+    if driver is None:
+        raise UsageError(
+            f"{device.name}: toolchain driver has the form '>=535', not "
+            f"{device.toolchain['driver']!r}"
+        )
     return Target(
         device=device.name,
         title=device.title.partition(" (")[0],
         compute_capability=device.compute_capability,
         tensorrt_min=versions[1],
         tensorrt_below=versions[2],
+        driver_min=max(build_engine.DRIVER_MIN, int(driver[1])),
     )
 
 
@@ -70,34 +79,38 @@ def create_settings(
     input_name: str,
     output_name: str,
     image_shape: tuple[int, int, int],
+    options: BuildOptions | None = None,
 ) -> Settings:
-    """Return how the engine of a typed ONNX file is built for `device`."""
+    """Return how the engine of a typed ONNX file is built for `device`.
+
+    UsageError where the device or TensorRT lacks the precision, or the GPU an option.
+    """
     target = _create_target(device)
-    precision = device.select_precisions(precision)[0]
-    if precision not in build_engine.TOLERANCES:
-        known = ", ".join(build_engine.TOLERANCES)
+    if precision not in device.precisions:
+        for part in precision.split("+"):  # int8+fp16 needs both
+            device.select_precisions(part)
+    if precision not in build_engine.FORMS:
+        known = ", ".join(build_engine.FORMS)
         raise UsageError(f"runtime 'tensorrt' builds {known} so far, not {precision}")
     channels, height, width = image_shape
-    return Settings(
-        device=target.device,
-        title=target.title,
-        compute_capability=target.compute_capability,
-        tensorrt_min=target.tensorrt_min,
-        tensorrt_below=target.tensorrt_below,
-        model=model,
-        precision=precision,
-        onnx=onnx_name,
-        input_name=input_name,
-        output_name=output_name,
-        channels=channels,
-        height=height,
-        width=width,
-        batch_min=device.batch.min,
-        batch_opt=device.batch.opt,
-        batch_max=device.batch.max,
-        workspace_mib=device.workspace_mib,
-        tolerance=build_engine.TOLERANCES[precision],
-    )
+    with _in_our_errors():
+        return Settings(
+            **dataclasses.asdict(target),
+            **dataclasses.asdict(options or BuildOptions()),
+            model=model,
+            precision=precision,
+            onnx=onnx_name,
+            input_name=input_name,
+            output_name=output_name,
+            channels=channels,
+            height=height,
+            width=width,
+            batch_min=device.batch.min,
+            batch_opt=device.batch.opt,
+            batch_max=device.batch.max,
+            workspace_mib=device.workspace_mib,
+            tolerance=build_engine.TOLERANCES[precision],
+        )
 
 
 def read_signature(onnx_file: Path) -> tuple[str, str, tuple[int, int, int]]:
@@ -149,10 +162,25 @@ class _EngineSession:
             return self._engine.run(batch)
 
 
+@dataclass(frozen=True, kw_only=True)
 class TensorRT:
-    """Builds and loads TensorRT engines."""
+    """Builds and loads TensorRT engines; `options` are those of the engines it builds.
 
-    name = "tensorrt"
+    `timing_cache` is a file of what earlier builds measured on this GPU, kept between builds.
+    """
+
+    options: BuildOptions = field(default_factory=BuildOptions)
+    timing_cache: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return "tensorrt"."""
+        return "tensorrt"
+
+    @property
+    def precisions(self) -> Mapping[str, str | None]:
+        """Return the form of ONNX file of each precision; a typed bf16 form there is not."""
+        return dict(build_engine.FORMS)
 
     def missing(self, device: Device) -> str | None:
         """Return None if this machine can build and run for `device`, else why not."""
@@ -174,10 +202,18 @@ class TensorRT:
         return found
 
     def build(
-        self, onnx_file: Path, *, device: Device, precision: str, folder: Path
+        self, source: BuildSource, *, device: Device, precision: str, folder: Path
     ) -> tuple[Path, ...]:
-        """Write `<stem>.sm75.trt<version>.plan` into `folder`; its outputs are not checked here."""
+        """Write `<stem>.<form>.sm75.trt<version>.plan` into `folder`; its outputs are not checked.
+
+        Precision is in the typed file and nowhere else.
+        """
         environment = self._find(device)
+        if precision not in build_engine.FORMS:
+            raise UsageError(
+                f"runtime 'tensorrt' builds {', '.join(build_engine.FORMS)} so far, not {precision}"
+            )
+        onnx_file = source.file(build_engine.FORMS[precision])
         input_name, output_name, image_shape = read_signature(onnx_file)
         settings = create_settings(
             device,
@@ -187,19 +223,36 @@ class TensorRT:
             input_name=input_name,
             output_name=output_name,
             image_shape=image_shape,
+            options=self.options,
         )
         with _in_our_errors():
-            plan = build_engine.build_plan(onnx_file, settings=settings, log=_LOG.warning)
+            plan = build_engine.build_plan(
+                onnx_file, settings=settings, log=_LOG.warning, timing_cache=self.timing_cache
+            )
         file = folder / build_engine.engine_name(
-            onnx_file.stem,
+            build_engine.engine_stem(onnx_file.name, precision=precision),
             compute_capability=settings.compute_capability,
             tensorrt_version=environment.tensorrt_version,
+            options=self.options,
         )
         write_whole(file, plan)
         return (file,)
 
-    def load(self, files: Sequence[Path], *, device: Device, threads: int | None = None) -> Session:
-        """Load the .plan among `files` if it was built for this GPU and this TensorRT."""
+    def load(
+        self,
+        files: Sequence[Path],
+        *,
+        device: Device,
+        precision: str,
+        threads: int | None = None,
+        objective: Objective = "latency",
+    ) -> Session:
+        """Load the .plan among `files` if it was built for this GPU and this TensorRT.
+
+        What the file's name says is compared first, then the machine; the caller has compared its
+        sha256 (a plan is code). Repeated runs of one batch size replay a CUDA graph. `threads` and
+        `objective` change nothing: the GPU runs one batch at a time either way.
+        """
         plans = [file for file in files if file.suffix == ".plan"]
         if len(plans) != 1:
             raise UsageError(
@@ -208,22 +261,37 @@ class TensorRT:
             )
         file = plans[0]
         with _in_our_errors():
-            capability, version = build_engine.read_engine_name(file.name)
-        if capability != device.compute_capability:
+            named = build_engine.read_engine_name(file.name)
+        if not named.stem.endswith(f".{build_engine.FORMS.get(precision, precision)}"):
             raise UsageError(
-                f"{file.name} is for compute capability {capability}, but {device.name} has "
-                f"{device.compute_capability}; load it for the device it was built for"
+                f"{file.name} does not hold {precision}; its precision is before .sm in its name"
+            )
+        if not named.runs_on(device.compute_capability or "0.0"):
+            plus = " and other GPUs from Ampere on" if named.ampere_plus else ""
+            raise UsageError(
+                f"{file.name} is for compute capability {named.compute_capability}{plus}, but "
+                f"{device.name} has {device.compute_capability}; load it for the device it was "
+                "built for"
             )
         environment = self._find(device, subject=f"{file.name} needs")
-        if version != environment.tensorrt_version:
+        if not named.runs_with(environment.tensorrt_version):
+            version = named.tensorrt_version
+            others = "newer ones up to the next major" if named.version_compatible else "no other"
             raise MissingError(
-                f"{file.name} was built by TensorRT {version} and runs on no other; here is "
+                f"{file.name} was built by TensorRT {version} and runs on {others}; here is "
                 f"{environment.tensorrt_version}: build it again, or pip install "
                 f"'tensorrt-cu12=={version}'"
             )
         with _in_our_errors():
-            plan = file.read_bytes()
-            return _EngineSession(Engine(plan, environment=environment, log=_LOG.warning))
+            return _EngineSession(
+                Engine(
+                    file.read_bytes(),
+                    environment=environment,
+                    log=_LOG.warning,
+                    cuda_graph=True,
+                    trusted=named.version_compatible,
+                )
+            )
 
     def _find(self, device: Device, *, subject: str | None = None) -> Environment:
         target = _create_target(device)

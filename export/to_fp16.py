@@ -4,6 +4,9 @@ Precision lives in the file, not in a builder's flag: every weight becomes float
 behind the input and before the output, which stay float32. What float16 cannot hold (beyond 65504)
 is refused by name: weights always, activations as measured on the given images, because a CPU
 runtime computes in float32 inside and would not show the overflow.
+
+A Q/DQ file becomes the form int8-fp16: its integers stay, its scales and all that is not 8-bit
+become float16. Scales that float16 could only hold as subnormals, or not at all, are raised.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from litezoo.models.errors import CheckFailed, UsageError, require
+from litezoo.models.errors import CheckFailed, require
 
 from .runtime import Array
 
@@ -22,20 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["activation_maxima", "to_fp16"]
 
 _LARGEST = float(np.finfo(np.float16).max)
+_SMALLEST = np.float32(np.finfo(np.float16).smallest_normal)
 #: Inputs that ONNX defines as float32 whatever the data's type is, by operator.
 _STAYS_FLOAT = {"Resize": (1, 2)}
 
 
 def to_fp16(proto: ModelProto) -> ModelProto:
-    """Return a float16 copy of a float32 model; inputs and outputs stay float32."""
+    """Return a float16 copy of a float32 or Q/DQ model; inputs and outputs stay float32."""
     require("onnx", purpose="export", extra="export")
     from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
     model = type(proto)()
     model.CopyFrom(proto)
     graph = model.graph
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
-        raise UsageError("this ONNX file is quantized; fp16 starts from the float32 file")
+    _raise_scales(model)
 
     def halve(tensor: TensorProto, name: str) -> None:
         values = numpy_helper.to_array(tensor)
@@ -84,6 +87,32 @@ def to_fp16(proto: ModelProto) -> ModelProto:
     model = shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     checker.check_model(model, full_check=True)
     return model
+
+
+def _raise_scales(model: ModelProto) -> None:
+    """Raise scales in place to what float16 holds in full; a weight's integers shrink with them.
+
+    An activation's pair rounds more coarsely then, below 6e-5, which float16 could not hold either.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    pairs = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {n.input[1]: numpy_helper.to_array(tensors[n.input[1]]) for n in pairs}
+    for name, scale in scales.items():
+        if (scale >= _SMALLEST).all():
+            continue
+        raised = np.maximum(scale, _SMALLEST)
+        tensors[name].CopyFrom(numpy_helper.from_array(raised, name))
+        for node in pairs:
+            if node.input[1] == name and node.input[0] in tensors:
+                integers = numpy_helper.to_array(tensors[node.input[0]])
+                share = (scale.astype(np.float64) / raised).reshape(
+                    -1, *[1] * (integers.ndim - 1 if scale.ndim else 0)
+                )
+                shrunk = np.rint(integers * share).reshape(integers.shape).astype(integers.dtype)
+                tensors[node.input[0]].CopyFrom(numpy_helper.from_array(shrunk, node.input[0]))
 
 
 def activation_maxima(proto: ModelProto, images: Array) -> dict[str, float]:

@@ -17,6 +17,7 @@ from litezoo.models.errors import CheckFailed, require
 
 from .parity import Parity, check_parity
 from .runtime import Array
+from .runtime_onnxruntime import DISABLED_OPTIMIZERS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -86,8 +87,13 @@ def _finish(proto: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
 def load_onnx(proto: ModelProto) -> Callable[[Array], Array]:
     """Return an ONNX model in memory as a function, run by ONNX Runtime on the CPU."""
     runtime = require("onnxruntime", purpose="checking ONNX files", extra="export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
     session = runtime.InferenceSession(
-        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        proto.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=DISABLED_OPTIMIZERS,
     )
     name = session.get_inputs()[0].name
 

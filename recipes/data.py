@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import UsageError, require
 
-__all__ = ["DataError", "ImageSet", "Split", "eval_transform", "open_data", "test_loader"]
+__all__ = ["DataError", "ImageSet", "Split", "eval_loader", "eval_transform", "open_data"]
 
 Split = Literal["train", "val", "test"]
 _LAYOUT = "train/<class>/*.jpg and val/<class>/*.jpg"
@@ -180,14 +180,14 @@ def eval_transform(preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
     return transform
 
 
-def test_loader(
-    source: str, preprocess: Preprocess, *, most: int, batch_size: int = 64
+def eval_loader(
+    source: str, preprocess: Preprocess, *, split: Split = "test", most: int, batch_size: int = 64
 ) -> DataLoader[Any]:
-    """Return at most `most` images of the test split, evenly spread over it, in batches.
+    """Return at most `most` images of a split, evenly spread over it, in batches.
 
-    A batch is images (N, C, H, W) float32 and labels (N,).
+    A batch is images (N, C, H, W) float32, preprocessed as for evaluation, and labels (N,).
     """
-    dataset = open_data(source).dataset("test", eval_transform(preprocess))
+    dataset = open_data(source).dataset(split, eval_transform(preprocess))
     total = len(dataset)  # type: ignore[arg-type]
     indices = np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
     return DataLoader(Subset(dataset, indices), batch_size=batch_size)

@@ -1,8 +1,8 @@
 """Devices: one YAML file each, in recipes/devices/ or a folder named by LITEZOO_DEVICES.
 
 A file's name is the device's name. A key that `Device` does not have, a value of the wrong type,
-or a physical fact without a source is refused with the file, the key and what is allowed. An
-unknown fact is left out, never invented.
+or a physical fact or limit without a source is refused with the file, the key and what is allowed.
+An unknown fact is left out, never invented.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,11 +23,27 @@ import yaml
 
 from litezoo.models.errors import UsageError, unknown_name
 
-__all__ = ["Batch", "Device", "get_device", "list_devices", "load_device"]
+__all__ = ["PATTERNS", "Batch", "Device", "Limits", "get_device", "list_devices", "load_device"]
 
 _HERE = Path(__file__).parent / "devices"
 _KINDS = ("cpu", "gpu", "npu")
 _DTYPES = ("fp32", "tf32", "bf16", "fp16", "int8")
+#: What an engine computes in; int8 with a second name says what its float parts are.
+_PRECISIONS = (*_DTYPES, "int8+fp16", "int8+bf16")
+_QUANTIZATIONS = ("per-tensor", "per-channel")
+#: What a limit can name beside an ONNX operator: a group of nodes, however it is written.
+PATTERNS: Mapping[str, str] = MappingProxyType(
+    {
+        "channel-shuffle": "channels transposed as a matrix, by a transpose or a gather",
+        "depthwise-conv": "a convolution with one input channel a group",
+        "grouped-conv": "a convolution in groups of several input channels",
+        "hard-swish": "x * clip(x + 3, 0, 6) / 6, as one operator or in parts",
+        "leaky-relu": "LeakyRelu or PRelu",
+        "shuffle-5d": "channel shuffle through a tensor of five dimensions",
+        "silu": "x * sigmoid(x), as one operator or in parts",
+        "squeeze-excite": "x * gate(layers(mean of x)), a gate for each channel",
+    }
+)
 #: Physical facts: each needs an entry of the same name in `sources`.
 _PHYSICS = (
     "compute_capability",
@@ -53,6 +70,59 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a device cannot run, or runs badly; `litezoo.export.limits` checks a graph against it.
+
+    `forbidden` and `slow` map an ONNX operator ("HardSwish": only that operator) or one of
+    `PATTERNS` ("hard-swish": the function in any writing) to the reason. `channel_multiple` is what
+    a convolution's channels are padded to; `quantization` the finest scale of weights it has;
+    `leaky_relu_slopes` the slopes it has; `weight_bits` (7 or 8) what an int8 weight may fill. What
+    is unknown is left out.
+    """
+
+    forbidden: Mapping[str, str] = field(default_factory=dict)
+    slow: Mapping[str, str] = field(default_factory=dict)
+    channel_multiple: int | None = None
+    opset_max: int | None = None
+    static_shapes: bool = False
+    quantization: str | None = None
+    leaky_relu_slopes: tuple[float, ...] | None = None
+    weight_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what names nothing or cannot be."""
+        for key in ("forbidden", "slow"):
+            for rule, reason in getattr(self, key).items():
+                if rule not in PATTERNS and not re.fullmatch("[A-Z][A-Za-z0-9]*", rule):
+                    known = f"known: {', '.join(PATTERNS)}, or an ONNX operator such as HardSwish"
+                    raise UsageError(f"limits.{key} has {rule!r}, which is no pattern ({known})")
+                if not reason.strip():
+                    raise UsageError(f"limits.{key}.{rule} needs its reason")
+        if both := set(self.forbidden) & set(self.slow):
+            raise UsageError(f"limits has {min(both)} as forbidden and as slow; choose one")
+        for key in ("channel_multiple", "opset_max"):
+            if (number := getattr(self, key)) is not None and number < 1:
+                raise UsageError(f"limits.{key} is {number}; it is a whole number above 0")
+        if self.quantization not in (None, *_QUANTIZATIONS):
+            allowed = ", ".join(_QUANTIZATIONS)
+            raise UsageError(
+                f"limits.quantization has {self.quantization!r}, allowed are {allowed}"
+            )
+        if self.weight_bits not in (None, 7, 8):
+            raise UsageError(f"limits.weight_bits is {self.weight_bits}, allowed are 7 and 8")
+        slopes = self.leaky_relu_slopes
+        if slopes is not None and not (slopes and all(0 <= s < math.inf for s in slopes)):
+            raise UsageError(
+                f"limits.leaky_relu_slopes is {list(slopes)}; it lists slopes from 0 up (forbid "
+                "leaky-relu where there are none)"
+            )
+
+    def given(self) -> tuple[str, ...]:
+        """Return the names of the limits that are set."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """One target chip and what runs on it.
 
@@ -75,6 +145,7 @@ class Device:
     power_w: float | None = None
     workspace_mib: int = 1024
     toolchain: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
     notes: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,7 +153,7 @@ class Device:
         """Check what the types cannot say."""
         for key, values, allowed in (
             ("kind", (self.kind,), _KINDS),
-            ("precisions", self.precisions, _DTYPES),
+            ("precisions", self.precisions, _PRECISIONS),
             ("peak_tera_ops_per_s", self.peak_tera_ops_per_s, _DTYPES),
         ):
             for value in values:
@@ -99,13 +170,18 @@ class Device:
             numbers = value.values() if isinstance(value, Mapping) else (value,)
             if any(isinstance(n, float) and not 0 < n < math.inf for n in numbers):
                 raise UsageError(f"{key} is {value}; a physical fact is a number above 0")
+        for key in self.limits.given():
+            if f"limits.{key}" not in self.sources:
+                raise UsageError(
+                    f"limits.{key} is given without a source; add sources: limits.{key}: ..."
+                )
 
     def select_precisions(self, precision: str) -> tuple[str, ...]:
         """Return the precisions to export for a request, "auto" being all the device has.
 
         >>> get_device("t4").select_precisions("bf16")
         Traceback (most recent call last):
-        litezoo.models.errors.UsageError: t4 has no bf16; it has fp16, fp32
+        litezoo.models.errors.UsageError: t4 has no bf16; it has int8+fp16, fp16, fp32
         """
         if precision == "auto":
             return self.precisions

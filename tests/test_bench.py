@@ -637,10 +637,11 @@ def test_engines_are_measured_beside_pytorch_in_both_forms(here, for_cpu, short,
         "pytorch fp32 deploy",
         "openvino fp32 deploy",
         "onnxruntime fp32 deploy",
+        "ncnn fp32 deploy",
     ]
     assert [row.label for row in rows] == 2 * labels
-    assert [row.batch for row in rows] == 4 * [1] + 4 * [3]
-    assert len(shown) == 8 and shown[5]["runtime"] == "pytorch" and shown[5]["p50_ms"] > 0
+    assert [row.batch for row in rows] == 5 * [1] + 5 * [3]
+    assert len(shown) == 10 and shown[6]["runtime"] == "pytorch" and shown[5]["p50_ms"] > 0
     top1 = read_artifact(for_cpu).engines[0].accuracy.top1_percent
     for row in rows:
         assert row.artifact_sha256 == file_sha256(for_cpu / "manifest.json")
@@ -648,7 +649,7 @@ def test_engines_are_measured_beside_pytorch_in_both_forms(here, for_cpu, short,
         assert row.resolution == (1, 32, 32) and row.threads == 1
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms and row.images_per_s > 0
         assert row.ratio > 0 and row.ratio_to == "repvgg_tiny pytorch fp32 train"
-    assert [row.ratio for row in rows[::4]] == [1.0, 1.0]
+    assert [row.ratio for row in rows[::5]] == [1.0, 1.0]
 
 
 def test_the_table_ends_with_three_lines_that_use_the_engine(here, for_cpu, short, capsys):
@@ -656,7 +657,7 @@ def test_the_table_ends_with_three_lines_that_use_the_engine(here, for_cpu, shor
     assert litezoo("bench", for_cpu, *words) == 0
     text = capsys.readouterr().out
     assert "p50 ms" in text and "1.00x" in text
-    assert "appended 2 rows to benchmarks/results/cpu.jsonl" in text
+    assert "appended 3 rows to benchmarks/results/cpu.jsonl" in text
     snippet = text.partition("use it:\n")[2]
     lines = [line.strip() for line in snippet.strip().splitlines()]
     assert len(lines) == 3
@@ -668,7 +669,7 @@ def test_both_forms_of_pytorch_compute_the_same_as_the_engines(for_cpu):
     batch = np.random.default_rng(0).standard_normal((2, 1, 32, 32)).astype(np.float32)
     sessions = [c.session for c in pytorch_candidates(for_cpu, threads=1)]
     sessions += [c.session for c in candidates_of(for_cpu, threads=1)]
-    assert len(sessions) == 4
+    assert len(sessions) == 5
     first, *others = [session.run(batch) for session in sessions]
     for other in others:
         assert np.abs(other - first).max() <= 1e-4 * np.abs(first).max()
@@ -714,7 +715,7 @@ def test_exported_artifacts_are_found_by_device_and_model(here, for_cpu, short, 
     words = ("--device", "cpu", "--threads", 1, "--batch", 1)
     assert litezoo("bench", *words) == 0
     assert litezoo("bench", *words, "--models", "repvgg_tiny") == 0
-    assert len(read_rows([here / "benchmarks" / "results" / "cpu.jsonl"])) == 4
+    assert len(read_rows([here / "benchmarks" / "results" / "cpu.jsonl"])) == 6
     assert litezoo("bench", *words, "--models", "repvgg_a1") == 4
     assert "type: litezoo export repvgg_a1 --device cpu" in capsys.readouterr().err
     assert litezoo("bench", *words, "--models", "repvg_a1") == 2

@@ -194,8 +194,8 @@ WRONG_USAGE = {
     "export": "for which device?",
     "export repvgg_a0 --device ccpu": "did you mean 'cpu'",
     "export repvgg_a9 --device cpu": "did you mean 'repvgg_a2'",
-    "export repvgg_a0 --device t4 --precision bf16": "t4 has no bf16; it has fp16, fp32",
-    "export repvgg_a0 --device cpu --precision fp16": "cpu has no fp16; it has fp32",
+    "export repvgg_a0 --device t4 --precision bf16": "t4 has no bf16; it has int8+fp16, fp16",
+    "export repvgg_a0 --device cpu --precision fp16": "cpu has no fp16; it has int8+bf16",
     "export repvgg_a0 --device cpu --precisoin fp32": "did you mean '--precision'",
     "export repvgg_a0 --device cpu --engine maybe": "maybe",
     "export repvgg_a0 --device cpu --weights rvgg_in1": "did you mean 'rvgg_in1k'",
@@ -287,10 +287,12 @@ def test_what_a_verb_does_is_printed_as_json(for_cpu, here, capsys):
     assert {key: artifact[key] for key in manifest} == manifest
     assert litezoo("verify", for_cpu, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["files"] == 4 and report["skipped"] == {}
+    assert report["files"] == 7 and report["skipped"] == {}
     assert [parity["stage"] for parity in report["parities"]] == [
+        "preprocessing",
         "openvino fp32",
         "onnxruntime fp32",
+        "ncnn fp32",
     ]
 
 

@@ -10,10 +10,7 @@ from torch.utils.data import DataLoader
 from litezoo.export.artifact import preprocess_image
 from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import UsageError
-from litezoo.recipes.data import DataError, eval_transform, open_data, test_loader
-
-evenly_spread = test_loader
-del test_loader  # pytest would collect it
+from litezoo.recipes.data import DataError, eval_loader, eval_transform, open_data
 
 SMALL = Preprocess(input_size=(3, 32, 32))
 
@@ -110,7 +107,7 @@ def test_the_digits_come_out_as_one_channel_of_32_pixels():
 def test_part_of_the_test_split_is_spread_evenly_over_it(most):
     digits = open_data("digits")
     images = digits.images("test")
-    batches = list(evenly_spread("digits", digits.preprocess, most=most, batch_size=64))
+    batches = list(eval_loader("digits", digits.preprocess, most=most, batch_size=64))
     found = torch.cat([y for _, y in batches])
     count = min(most, 360)
     wanted = [images[round(i * 359 / (count - 1)) if count > 1 else 0][1] for i in range(count)]

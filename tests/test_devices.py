@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from litezoo.models.errors import UsageError
-from litezoo.recipes.devices import Batch, Device, get_device, list_devices, load_device
+from litezoo.recipes.devices import (
+    PATTERNS,
+    Batch,
+    Device,
+    Limits,
+    get_device,
+    list_devices,
+    load_device,
+)
 
 HERE = Path(__file__).parent.parent / "recipes" / "devices"
 PHYSICS = (
@@ -90,7 +98,25 @@ def test_every_physical_fact_is_positive_and_has_a_source(name):
             assert device.sources[key]
             numbers = value.values() if key == "peak_tera_ops_per_s" else [value]
             assert all(float(number) > 0 for number in numbers)
-    assert set(device.sources) <= {f.name for f in dataclasses.fields(Device)}
+    limits = {f"limits.{f.name}" for f in dataclasses.fields(Limits)}
+    assert set(device.sources) <= {f.name for f in dataclasses.fields(Device)} | limits
+    assert {f"limits.{key}" for key in device.limits.given()} == limits & set(device.sources)
+
+
+def test_the_devices_of_the_zoo_are_there():
+    names = "a10 a100 a4000 arm-phone cpu h100 h200 jetson-agx-orin jetson-nano jetson-orin-nano l4"
+    names += " npu-int8 raspberry-pi-5 rk3588-npu rtx4090 t4 x86-avx2"
+    assert list_devices() == names.split()
+
+
+def test_no_precision_is_beyond_the_chip():
+    for device in map(get_device, list_devices()):
+        if device.kind == "gpu" and (device.compute_capability or "0") < "8.0":
+            assert not any("bf16" in precision for precision in device.precisions), device.name
+        if device.kind == "npu":
+            assert device.limits.static_shapes and device.batch == Batch(min=1, opt=1, max=1)
+        bf16 = device.peak_tera_ops_per_s.get("bf16")
+        assert bf16 is None or "bf16" in device.precisions
 
 
 def test_every_runtime_of_a_device_is_known():
@@ -125,8 +151,9 @@ def test_every_key_of_a_device_can_be_given(write):
         power_w=15,
         workspace_mib=512,
         toolchain={"tensorrt": ">=10.3"},
+        limits={"channel_multiple": 8},
         notes="none",
-        sources=dict.fromkeys(PHYSICS, "data sheet"),
+        sources=dict.fromkeys((*PHYSICS, "limits.channel_multiple"), "data sheet"),
     )
     device = load_device(write(values))
     assert {f.name for f in dataclasses.fields(Device)} == {"name", *values}
@@ -176,6 +203,33 @@ def test_every_key_of_a_device_can_be_given(write):
             {"peak_tera_ops_per_s": {"fp8": 1.0}, "sources": {"peak_tera_ops_per_s": "x"}},
             "peak_tera_ops_per_s has 'fp8', allowed are",
         ),
+        ({"precisions": ["int8+fp32"]}, "precisions has 'int8+fp32', allowed are fp32, "),
+        (
+            {"peak_tera_ops_per_s": {"int8+fp16": 1.0}, "sources": {"peak_tera_ops_per_s": "x"}},
+            "peak_tera_ops_per_s has 'int8+fp16', allowed are fp32, tf32, bf16, fp16, int8",
+        ),
+        # a wrong limit
+        ({"limits": {"forbiden": {}}}, "unknown key 'forbiden'; did you mean 'forbidden'?"),
+        ({"limits": []}, "limits takes Limits, not []"),
+        ({"limits": {"forbidden": ["HardSwish"]}}, "forbidden takes a mapping, not ['HardSwish']"),
+        ({"limits": {"forbidden": {"hardswish": "no"}}}, "limits.forbidden has 'hardswish', which"),
+        ({"limits": {"slow": {"shuffle5d": "no"}}}, "(known: channel-shuffle, depthwise-conv, "),
+        ({"limits": {"slow": {"silu": " "}}}, "limits.slow.silu needs its reason"),
+        (
+            {"limits": {"slow": {"silu": "a"}, "forbidden": {"silu": "b"}}},
+            "limits has silu as forbidden and as slow; choose one",
+        ),
+        ({"limits": {"weight_bits": 4}}, "limits.weight_bits is 4, allowed are 7 and 8"),
+        ({"limits": {"channel_multiple": 0}}, "limits.channel_multiple is 0; it is a whole number"),
+        ({"limits": {"opset_max": -1}}, "limits.opset_max is -1; it is a whole number above 0"),
+        ({"limits": {"opset_max": "11"}}, "opset_max takes int, not '11'"),
+        ({"limits": {"static_shapes": "yes"}}, "static_shapes takes bool, not 'yes'"),
+        (
+            {"limits": {"quantization": "per-layer"}},
+            "limits.quantization has 'per-layer', allowed are per-tensor, per-channel",
+        ),
+        ({"limits": {"leaky_relu_slopes": []}}, "limits.leaky_relu_slopes is []; it lists slopes"),
+        ({"limits": {"leaky_relu_slopes": [-0.1]}}, "limits.leaky_relu_slopes is [-0.1]; it lists"),
         ({"precisions": []}, "runtimes and precisions need at least one entry"),
         ({"runtimes": []}, "runtimes and precisions need at least one entry"),
         ({"batch": {"min": 4, "opt": 2}}, "batch needs 1 <= min <= opt <= max"),
@@ -198,6 +252,34 @@ def test_a_physical_fact_without_a_source_is_refused(write, key):
     other = {"notes": "a source of something else"}
     assert "without a source" in refusal(write(minimal(**{key: value}, sources=other)))
     assert load_device(write(minimal(**{key: value}, sources={key: "data sheet"})))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("forbidden", {"HardSwish": "none"}),
+        ("slow", {"depthwise-conv": "memory-bound"}),
+        ("channel_multiple", 8),
+        ("opset_max", 11),
+        ("static_shapes", True),
+        ("quantization", "per-tensor"),
+        ("leaky_relu_slopes", [0.1]),
+    ],
+)
+def test_a_limit_without_a_source_is_refused(write, key, value):
+    said = refusal(write(minimal(limits={key: value})))
+    assert f"limits.{key} is given without a source; add sources: limits.{key}: ..." in said
+    sources = {f"limits.{key}": "data sheet"}
+    device = load_device(write(minimal(limits={key: value}, sources=sources)))
+    assert device.limits.given() == (key,)
+
+
+def test_every_pattern_can_be_a_limit_and_no_limit_needs_no_source(write):
+    reasons = dict.fromkeys([*PATTERNS, "Sigmoid"], "slow here")
+    device = load_device(write(minimal(limits={"slow": reasons}, sources={"limits.slow": "me"})))
+    assert set(device.limits.slow) == {*PATTERNS, "Sigmoid"}
+    empty = {"slow": {}, "forbidden": {}, "static_shapes": False}
+    assert load_device(write(minimal(limits=empty))).limits == Limits()
 
 
 @pytest.mark.parametrize("text", ["title: [", "a: b: c", "\ttitle: x", "title: 'open", "%YAML 9"])
@@ -236,7 +318,7 @@ def test_a_key_given_twice_is_refused(write):
 
 
 def test_an_absent_precision_is_refused_with_those_it_has():
-    with pytest.raises(UsageError, match="t4 has no bf16; it has fp16"):
+    with pytest.raises(UsageError, match=r"t4 has no bf16; it has int8\+fp16, fp16, fp32"):
         get_device("t4").select_precisions("bf16")
 
 
@@ -279,7 +361,7 @@ def test_a_mistake_in_an_own_file_is_refused_by_its_path(write, tmp_path, monkey
 
 
 def test_an_unknown_device_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match=r"unknown device 't44'; did you mean 't4'\? \(known: cpu"):
+    with pytest.raises(UsageError, match=r"unknown device 't44'; did you mean 't4'\? \(known: a10"):
         get_device("t44")
 
 

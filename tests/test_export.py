@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import write_folder
 from test_train import SHORT, digits_top1, litezoo, read_plain, tiny_model, tiny_run
 
-from litezoo.export import exporter, runtime_onnxruntime, runtime_openvino
+from litezoo.export import exporter, runtime_ncnn, runtime_onnxruntime, runtime_openvino
 from litezoo.export.artifact import (
     Artifact,
     default_folder,
@@ -28,7 +28,7 @@ from litezoo.export.artifact import (
 )
 from litezoo.export.exporter import choose_source, export
 from litezoo.export.parity import BATCHES, Parity
-from litezoo.export.runtime import get_runtime
+from litezoo.export.runtime import BuildSource, get_runtime
 from litezoo.export.runtime_openvino import OpenVino
 from litezoo.export.to_fp16 import activation_maxima, check_fp16_range, to_fp16
 from litezoo.models.create import create_model
@@ -48,8 +48,11 @@ def exported(tmp_path_factory, device):
     folder = tmp_path_factory.getbasetemp() / f"tiny_{device}"
     if not folder.is_dir():
         weights = tiny_run(tmp_path_factory) / "best.ckpt"
-        words = ("--device", device, "--weights", weights, "--out", folder)
-        assert litezoo("export", "repvgg_tiny", *words) == 0
+        precision = "fp32" if device == "cpu" else "auto"
+        export(
+            "repvgg_tiny", device=device, weights=str(weights), out=folder, precision=precision,
+            max_drop=100,
+        )  # fmt: skip
     return folder
 
 
@@ -126,24 +129,30 @@ def noise(count, *, seed=0):
 
 CPU_FILES = (
     "expected.npz",
+    "golden.npz",
     "manifest.json",
     "model.fp32.onnx",
+    "ncnn.fp32.bin",
+    "ncnn.fp32.param",
     "openvino.fp32.bin",
     "openvino.fp32.xml",
 )
 T4_FILES = (
     "expected.npz",
+    "golden.npz",
     "kit/README.md",
     "kit/build_engine.py",
     "kit/expected.npz",
     "kit/kit.json",
     "kit/repvgg_tiny.fp16.onnx",
     "kit/repvgg_tiny.fp32.onnx",
+    "kit/repvgg_tiny.int8-fp16.onnx",
     "kit/requirements.txt",
     "kit/trtexec.sh",
     "manifest.json",
     "model.fp16.onnx",
     "model.fp32.onnx",
+    "model.int8-fp16.onnx",
 )
 
 
@@ -176,7 +185,8 @@ def test_the_manifest_is_read_as_it_was_written(for_cpu):
 def test_every_stage_and_engine_has_its_parity(for_cpu):
     artifact = read_artifact(for_cpu)
     assert [check.stage for check in artifact.checks] == ["fuse", "onnxsim", "onnx fp32"]
-    assert [engine.label for engine in artifact.engines] == ["openvino fp32", "onnxruntime fp32"]
+    labels = {engine.label for engine in artifact.engines}
+    assert labels == {"openvino fp32", "onnxruntime fp32", "ncnn fp32"}
     for parity in (artifact.checks[-1], *(engine.parity for engine in artifact.engines)):
         assert parity.batches == BATCHES == (1, 2, 7)
         assert 0 < parity.max_relative_error <= parity.tolerance == 1e-4
@@ -185,17 +195,19 @@ def test_every_stage_and_engine_has_its_parity(for_cpu):
 
 
 def test_engines_say_their_versions_and_files(for_cpu):
-    openvino, onnxruntime = read_artifact(for_cpu).engines
+    engines = {engine.runtime: engine for engine in read_artifact(for_cpu).engines}
+    openvino, onnxruntime, ncnn = (engines[n] for n in ("openvino", "onnxruntime", "ncnn"))
+    assert ncnn.files == ("ncnn.fp32.param", "ncnn.fp32.bin")
     assert openvino.files == ("openvino.fp32.xml", "openvino.fp32.bin")
     assert onnxruntime.files == ("model.fp32.onnx",)
     assert {*openvino.versions} == {"openvino"} and {*onnxruntime.versions} == {"onnxruntime"}
 
 
-def test_accuracy_is_that_of_pytorch_on_the_test_split(for_cpu, best):
-    reference = digits_top1(create_model("repvgg_tiny", weights=best).eval(), "test")
+def test_accuracy_is_that_of_pytorch_on_the_validation_split(for_cpu, best):
+    reference = digits_top1(create_model("repvgg_tiny", weights=best).eval(), "val")
     for engine in read_artifact(for_cpu).engines:
         accuracy = engine.accuracy
-        assert (accuracy.data, accuracy.images) == ("digits", 360)
+        assert (accuracy.data, accuracy.images) == ("digits (val)", 288)
         assert accuracy.pytorch_top1_percent == pytest.approx(reference, abs=1e-3)
         assert accuracy.top1_percent == accuracy.pytorch_top1_percent
 
@@ -203,38 +215,48 @@ def test_accuracy_is_that_of_pytorch_on_the_test_split(for_cpu, best):
 def test_the_expected_logits_are_those_of_the_checkpoint_on_real_images(for_cpu, best):
     with np.load(for_cpu / "expected.npz") as arrays:
         inputs, logits = arrays["inputs"], arrays["logits"]
-    assert inputs.shape == (7, 1, 32, 32) and logits.shape == (7, 10)
+    assert inputs.shape == (16, 1, 32, 32) and logits.shape == (16, 10)
     wanted = pytorch_logits(best, inputs)
     assert np.abs(logits - wanted).max() <= 1e-5 * np.abs(wanted).max()
     assert inputs.min() == pytest.approx(-0.3 / 0.35, abs=1e-6)  # the digits' black
 
 
 def test_the_command_prints_the_evidence(here, best, capsys, quick):
-    assert litezoo("export", "repvgg_tiny", "--device", "cpu", "--weights", best) == 0
+    assert (
+        litezoo(
+            "export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", best
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     for words in ("fuse", "onnxsim", "onnx fp32", "openvino fp32", "onnxruntime fp32", "1, 2, 7"):
         assert words in text
-    assert "360 images" in text
+    assert "288 images" in text
     assert text.strip().endswith("artifact: artifacts/repvgg_tiny/cpu")
     assert (here / default_folder("repvgg_tiny", "cpu") / "manifest.json").is_file()
 
 
 def test_fewer_images_are_enough_for_a_look_at_accuracy(best, tmp_path, quick):
     artifact = export(
-        "repvgg_tiny", device="cpu", weights=best, out=tmp_path / "a", accuracy_images=50
+        "repvgg_tiny",
+        device="cpu",
+        precision="fp32",
+        weights=best,
+        out=tmp_path / "a",
+        accuracy_images=50,
     )
-    assert [engine.accuracy.images for engine in artifact.engines] == [50, 50]
+    assert [engine.accuracy.images for engine in artifact.engines] == [50, 50, 50]
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_number_of_images_that_cannot_be_is_refused(best, tmp_path, count, quick):
     words = ("--weights", best, "--out", tmp_path / "a", "--accuracy-images", count)
-    assert litezoo("export", "repvgg_tiny", "--device", "cpu", *words) == 2
+    assert litezoo("export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", *words) == 2
 
 
 def test_an_older_artifact_is_replaced_whole(copy, best, quick):
     (copy / "leftover.bin").write_bytes(b"old")
-    export("repvgg_tiny", device="cpu", weights=best, out=copy)
+    export("repvgg_tiny", device="cpu", precision="fp32", weights=best, out=copy, force=True)
     assert tuple(sorted(files_of(copy))) == CPU_FILES
     assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
     assert (copy.stat().st_mode & 0o777) == 0o755
@@ -245,7 +267,7 @@ def test_a_folder_with_other_files_is_left_alone(best, tmp_path, name, kept):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_bytes(kept)
     with pytest.raises(UsageError, match="mine holds other files; give an empty or new folder"):
-        export("repvgg_tiny", device="cpu", weights=best, out=tmp_path / "mine")
+        export("repvgg_tiny", device="cpu", precision="fp32", weights=best, out=tmp_path / "mine")
     assert {**files_of(tmp_path)}.keys() == {f"mine/{name}"}
     assert (tmp_path / "mine" / name).read_bytes() == kept
 
@@ -253,7 +275,7 @@ def test_a_folder_with_other_files_is_left_alone(best, tmp_path, name, kept):
 def test_a_file_is_no_place_for_an_artifact(best, tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(UsageError, match="a is a file; give a folder with --out"):
-        export("repvgg_tiny", device="cpu", weights=best, out=tmp_path / "a")
+        export("repvgg_tiny", device="cpu", precision="fp32", weights=best, out=tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------- ONNX
@@ -332,7 +354,7 @@ def test_the_fp16_file_gives_close_logits(for_t4, best):
     parity = {check.stage: check for check in artifact.checks}["onnx fp16"]
     assert 0 < parity.max_relative_error < 0.01 and parity.batches == BATCHES
     session = get_runtime("onnxruntime").load(
-        [for_t4 / "model.fp16.onnx"], device=get_device("cpu"), threads=1
+        [for_t4 / "model.fp16.onnx"], device=get_device("cpu"), precision="fp16", threads=1
     )
     batch = noise(3)
     got, want = session.run(batch), pytorch_logits(best, batch)
@@ -398,12 +420,14 @@ def overflowing(run, tmp_path):
 
 def test_a_network_that_overflows_in_fp16_is_exported_in_fp32_only(overflowing, here, capsys):
     words = ("export", "repvgg_tiny", "--device", "t4", "--weights", overflowing, "--out", "out")
-    assert litezoo(*words) == 3
+    assert litezoo(*words, "--precision", "fp16") == 3
     text = capsys.readouterr().err
     assert "the activation logits reaches" in text and "export fp32 instead" in text
     assert [entry.name for entry in here.iterdir()] == ["large.ckpt"]
-    assert litezoo(*words, "--precision", "fp32") == 0
-    assert read_artifact(here / "out").onnx == {"fp32": "model.fp32.onnx"}
+    assert litezoo(*words) == 0
+    artifact = read_artifact(here / "out")
+    assert artifact.onnx == {"fp32": "model.fp32.onnx"}
+    assert "the activation logits reaches" in artifact.not_built["onnx fp16"]
 
 
 # ------------------------------------------------------------------------- a device that is absent
@@ -415,21 +439,22 @@ def test_for_an_absent_gpu_there_is_a_kit(for_t4):
     assert artifact.device == "t4" and artifact.engines == ()
     assert artifact.not_built == {"tensorrt": NO_TENSORRT}
     assert {*artifact.kit} == {name for name in T4_FILES if name.startswith("kit/")}
-    assert {*artifact.onnx} == {"fp16", "fp32"}
+    assert {*artifact.onnx} == {"int8-fp16", "fp16", "fp32"}
     assert [check.stage for check in artifact.checks] == [
         "fuse",
         "onnxsim",
-        "onnx fp32",
+        "onnx int8-fp16",
         "onnx fp16",
+        "onnx fp32",
     ]
-    for precision, file in artifact.onnx.items():
-        inside = for_t4 / "kit" / f"repvgg_tiny.{precision}.onnx"
+    for form, file in artifact.onnx.items():
+        inside = for_t4 / "kit" / f"repvgg_tiny.{form}.onnx"
         assert inside.read_bytes() == (for_t4 / file).read_bytes()
 
 
 def test_accuracy_of_an_absent_gpus_files_is_measured_by_onnx_runtime(for_t4):
     accuracy = read_artifact(for_t4).onnx_accuracy
-    assert {*accuracy} == {"fp16", "fp32"}
+    assert {*accuracy} == {"int8-fp16", "fp16", "fp32"}
     assert accuracy["fp32"].top1_percent == accuracy["fp32"].pytorch_top1_percent
     assert accuracy["fp16"].top1_percent == pytest.approx(
         accuracy["fp16"].pytorch_top1_percent, abs=0.6
@@ -440,7 +465,7 @@ def test_the_command_says_what_was_not_built_and_ends_well(here, best, capsys, q
     words = ("export", "repvgg_tiny", "--device", "t4", "--weights", best, "--precision", "fp16")
     assert litezoo(*words) == 0
     text = capsys.readouterr().out
-    assert f"tensorrt engine: not built ({NO_TENSORRT})" in text
+    assert f"tensorrt: not built ({NO_TENSORRT})" in text
     assert "build kit: artifacts/repvgg_tiny/t4/kit" in text
     artifact = read_artifact(here / "artifacts" / "repvgg_tiny" / "t4")
     assert artifact.onnx == {"fp16": "model.fp16.onnx"}
@@ -463,7 +488,7 @@ def test_a_device_of_ones_own_gets_fp16_engines(tmp_path, monkeypatch, best, qui
     artifact = export("repvgg_tiny", device="mine", weights=best, out=tmp_path / "out")
     assert [engine.label for engine in artifact.engines] == ["onnxruntime fp16", "openvino fp16"]
     assert all(engine.parity.max_relative_error <= 0.01 for engine in artifact.engines)
-    assert len(verify(tmp_path / "out").parities) == 2
+    assert len(verify(tmp_path / "out").parities) == 3
 
 
 # -------------------------------------------------------------------------- a stage that is wrong
@@ -512,7 +537,7 @@ def test_a_wrong_engine_is_named_and_nothing_is_written(tmp_path, best, monkeypa
     spoil, words = WRONG[kind]
     spoil_openvino(monkeypatch, spoil)
     with pytest.raises(CheckFailed) as caught:
-        export("repvgg_tiny", device="cpu", weights=best, out=tmp_path / "out")
+        export("repvgg_tiny", device="cpu", precision="fp32", weights=best, out=tmp_path / "out")
     assert str(caught.value).startswith(words)
     assert str(caught.value).endswith("; nothing was written")
     assert list(tmp_path.iterdir()) == []
@@ -523,8 +548,8 @@ def test_a_failed_export_leaves_the_artifact_before_it_as_it_was(
 ):
     before = files_of(copy.parent)
     spoil_openvino(monkeypatch, slightly)
-    words = ("--device", "cpu", "--weights", best, "--out", copy)
-    assert litezoo("export", "repvgg_tiny", *words) == 3
+    words = ("--device", "cpu", "--precision", "fp32", "--weights", best, "--out", copy)
+    assert litezoo("export", "repvgg_tiny", *words, "--force") == 3
     assert "litezoo: openvino fp32 differs from PyTorch" in capsys.readouterr().err
     assert files_of(copy.parent) == before
     monkeypatch.undo()
@@ -539,7 +564,10 @@ def test_an_interrupted_export_leaves_the_artifact_before_it_as_it_was(copy, bes
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export("repvgg_tiny", device="cpu", weights=best, out=copy, progress=progress)
+        export(
+            "repvgg_tiny", device="cpu", precision="fp32", weights=best, out=copy, force=True,
+            progress=progress,
+        )  # fmt: skip
     assert files_of(copy.parent) == before
     assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
 
@@ -557,7 +585,7 @@ def test_an_artifact_that_cannot_be_put_in_place_leaves_the_one_before_it(
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        export("repvgg_tiny", device="cpu", weights=best, out=copy)
+        export("repvgg_tiny", device="cpu", precision="fp32", weights=best, out=copy, force=True)
     assert files_of(copy.parent) == before
 
 
@@ -607,15 +635,20 @@ STAGES = {
 @pytest.mark.parametrize("words", STAGES)
 def test_the_stage_at_which_outputs_part_is_named(tmp_path, best, monkeypatch, words, quick):
     STAGES[words](monkeypatch)
+    precision = "fp16" if "fp16" in words else "fp32"
     with pytest.raises(CheckFailed) as caught:
-        export("repvgg_tiny", device="t4", weights=best, out=tmp_path / "out")
+        export(
+            "repvgg_tiny", device="t4", weights=best, out=tmp_path / "out", precision=precision
+        )  # fmt: skip
     assert str(caught.value).startswith(words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_opset_than_asked_for_is_noticed(tmp_path, best, monkeypatch):
     monkeypatch.setattr("litezoo.export.to_onnx.OPSET", 21)
-    artifact = export("repvgg_tiny", device="cpu", weights=best, out=tmp_path / "a")
+    artifact = export(
+        "repvgg_tiny", device="cpu", precision="fp32", weights=best, out=tmp_path / "a"
+    )
     model = onnx.load(tmp_path / "a" / artifact.onnx["fp32"])
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 21
 
@@ -653,7 +686,12 @@ def test_an_artifact_with_nothing_to_run_cannot_be_stated(for_cpu):
 
 
 def test_random_weights_are_marked_as_for_speed_only(here, capsys):
-    assert litezoo("export", "repvgg_tiny", "--device", "cpu", "--weights", "random") == 0
+    assert (
+        litezoo(
+            "export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", "random"
+        )
+        == 0
+    )
     assert "note: random weights: for measuring speed only" in capsys.readouterr().out
     artifact = read_artifact(here / "artifacts" / "repvgg_tiny" / "cpu")
     assert artifact.weights == "random" and artifact.weights_sha256 is None
@@ -684,7 +722,14 @@ def test_public_weights_that_cannot_be_fetched_name_three_things_to_type(
     here, no_hub, capsys, words
 ):
     model, *tag = words or ("repvgg_a0",)
-    arguments = [*words[:1], "--device", "cpu", *(("--weights", tag[0]) if tag else ())]
+    arguments = [
+        *words[:1],
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        *(("--weights", tag[0]) if tag else ()),
+    ]
     assert litezoo("export", *arguments) == 4
     *_, text = capsys.readouterr().err.strip().splitlines()
     name = "repvgg_a0" if model == "repvgg" else model
@@ -698,7 +743,19 @@ def test_public_weights_that_cannot_be_fetched_name_three_things_to_type(
 def test_a_corrupt_checkpoint_is_named_in_one_sentence(here, run, content, capsys):
     whole = (run / "best.ckpt").read_bytes()
     (here / "broken.ckpt").write_bytes(whole[: len(whole) // 2] if content is None else content)
-    assert litezoo("export", "repvgg_tiny", "--device", "cpu", "--weights", "broken.ckpt") == 2
+    assert (
+        litezoo(
+            "export",
+            "repvgg_tiny",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--weights",
+            "broken.ckpt",
+        )
+        == 2
+    )
     text = capsys.readouterr().err
     *_, line = text.strip().splitlines()
     assert line.startswith("litezoo: broken.ckpt is ") and "Traceback" not in text
@@ -768,10 +825,14 @@ def test_a_data_set_that_is_gone_or_too_small_is_noted(here):
     pets = write_folder(here / "pets", val=2, size=(32, 32))
     words = ("--data", pets, "--data.input_size", 32, "--data.num_workers", 0, *SHORT)
     assert litezoo("train", "repvgg_tiny", "--out", "run", *words) == 0
-    artifact = export("repvgg_tiny", device="cpu", weights="run/best.ckpt", out=here / "small")
-    assert artifact.notes == (f"parity on noise: {pets.resolve()} has fewer than 7 test images",)
+    artifact = export(
+        "repvgg_tiny", device="cpu", precision="fp32", weights="run/best.ckpt", out=here / "small"
+    )
+    assert artifact.notes == (f"parity on noise: {pets.resolve()} has fewer than 16 test images",)
     shutil.rmtree(pets)
-    artifact = export("repvgg_tiny", device="cpu", weights="run/best.ckpt", out=here / "gone")
+    artifact = export(
+        "repvgg_tiny", device="cpu", precision="fp32", weights="run/best.ckpt", out=here / "gone"
+    )
     assert artifact.notes[0].startswith(
         f"parity on noise and no accuracy: no data set {pets.resolve()};"
     )
@@ -784,7 +845,7 @@ def test_a_data_set_that_is_gone_or_too_small_is_noted(here):
 
 def uninstall(monkeypatch, *names):
     """Have these packages not be found."""
-    for module in (runtime_onnxruntime, runtime_openvino):
+    for module in (runtime_onnxruntime, runtime_openvino, runtime_ncnn):
         right = module.find_spec
         monkeypatch.setattr(
             module, "find_spec", lambda name, right=right: None if name in names else right(name)
@@ -793,12 +854,12 @@ def uninstall(monkeypatch, *names):
 
 def test_a_runtime_that_is_not_installed_is_noted(here, best, monkeypatch, capsys, quick):
     uninstall(monkeypatch, "openvino")
-    words = ("export", "repvgg_tiny", "--device", "cpu", "--weights", best)
+    words = ("export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", best)
     assert litezoo(*words, "--out", "out") == 0
-    assert f"openvino engine: not built ({NO_OPENVINO})" in capsys.readouterr().out
+    assert f"openvino: not built ({NO_OPENVINO})" in capsys.readouterr().out
     artifact = read_artifact(here / "out")
     assert artifact.not_built == {"openvino": NO_OPENVINO}
-    assert [engine.runtime for engine in artifact.engines] == ["onnxruntime"]
+    assert {engine.runtime for engine in artifact.engines} == {"onnxruntime", "ncnn"}
     assert not artifact.kit
     with pytest.raises(MissingError, match="needs openvino: pip install"):
         load(here / "out", runtime="openvino")
@@ -809,7 +870,12 @@ def test_a_runtime_that_is_not_installed_is_noted(here, best, monkeypatch, capsy
 
 def test_without_onnx_runtime_nothing_is_exported(here, best, monkeypatch, capsys):
     uninstall(monkeypatch, "onnxruntime")
-    assert litezoo("export", "repvgg_tiny", "--device", "cpu", "--weights", best) == 4
+    assert (
+        litezoo(
+            "export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", best
+        )
+        == 4
+    )
     assert capsys.readouterr().err.endswith(f"litezoo: {NO_ONNXRUNTIME}\n")
     assert not list(here.rglob("manifest.json"))
 
@@ -825,10 +891,11 @@ def test_a_runtime_that_is_not_installed_says_what_to_type(
     assert runtime.missing(cpu) == sentence
     file = for_cpu / "model.fp32.onnx"
     with pytest.raises(MissingError) as caught:
-        runtime.build(file, device=cpu, precision="fp32", folder=tmp_path)
+        source = BuildSource(onnx={"fp32": file})
+        runtime.build(source, device=cpu, precision="fp32", folder=tmp_path)
     assert str(caught.value) == sentence
     with pytest.raises(MissingError) as caught:
-        runtime.load([file], device=cpu)
+        runtime.load([file], device=cpu, precision="fp32")
     assert str(caught.value) == sentence
 
 
@@ -836,7 +903,7 @@ def test_a_runtime_that_is_not_installed_says_what_to_type(
 def test_a_file_that_a_runtime_cannot_read_fails_the_check(tmp_path, name):
     (tmp_path / "model.xml").write_text("<net>")
     with pytest.raises(CheckFailed, match=f"{name} refuses .*model.xml"):
-        get_runtime(name).load([tmp_path / "model.xml"], device=get_device("cpu"))
+        get_runtime(name).load([tmp_path / "model.xml"], device=get_device("cpu"), precision="fp32")
 
 
 # ------------------------------------------------------------------------------------------ verify
@@ -844,19 +911,21 @@ def test_a_file_that_a_runtime_cannot_read_fails_the_check(tmp_path, name):
 
 def test_an_intact_artifact_is_verified(for_cpu, capsys):
     report = verify(for_cpu)
-    assert report.files == 4 and not report.skipped
-    assert [parity.stage for parity in report.parities] == ["openvino fp32", "onnxruntime fp32"]
-    assert all(parity.batches == BATCHES for parity in report.parities)
+    assert report.files == 7 and not report.skipped
+    stages = {parity.stage: parity for parity in report.parities}
+    assert set(stages) == {"preprocessing", "openvino fp32", "onnxruntime fp32", "ncnn fp32"}
+    assert stages["openvino fp32"].batches == stages["onnxruntime fp32"].batches == BATCHES
     assert litezoo("verify", for_cpu) == 0
     text = capsys.readouterr().out
-    assert f"{for_cpu}: 4 files intact" in text
+    assert f"{for_cpu}: 7 files intact" in text
     assert "openvino fp32: relative error" in text and "at batch 1, 2, 7" in text
 
 
 def test_a_kit_is_verified_by_its_onnx_files(for_t4):
     report = verify(for_t4)
     assert report.files == len(T4_FILES) - 1
-    assert [parity.stage for parity in report.parities] == ["onnx fp32", "onnx fp16"]
+    stages = {parity.stage for parity in report.parities}
+    assert stages == {"preprocessing", "onnx int8-fp16", "onnx fp32", "onnx fp16"}
 
 
 @pytest.mark.parametrize("position", [0, 0.3, 1])
@@ -962,10 +1031,14 @@ def test_an_engine_that_cannot_run_here_is_skipped_and_said_so(for_cpu, monkeypa
     uninstall(monkeypatch, "openvino")
     report = verify(for_cpu)
     assert report.skipped == {"openvino fp32": NO_OPENVINO}
-    assert [parity.stage for parity in report.parities] == ["onnxruntime fp32"]
+    assert [parity.stage for parity in report.parities] == [
+        "preprocessing",
+        "onnxruntime fp32",
+        "ncnn fp32",
+    ]
     assert litezoo("verify", for_cpu) == 0
     assert f"openvino fp32: not run here ({NO_OPENVINO})" in capsys.readouterr().out
-    uninstall(monkeypatch, "openvino", "onnxruntime")
+    uninstall(monkeypatch, "openvino", "onnxruntime", "ncnn")
     with pytest.raises(MissingError, match=r"cannot be run here: .*needs openvino.*onnxruntime"):
         verify(for_cpu)
 
@@ -1064,10 +1137,12 @@ def test_the_first_engine_that_can_run_here_is_loaded(for_cpu, monkeypatch):
     assert load(for_cpu).engine.runtime == "openvino"
     uninstall(monkeypatch, "openvino")
     assert load(for_cpu).engine.runtime == "onnxruntime"
-    uninstall(monkeypatch, "openvino", "onnxruntime")
+    uninstall(monkeypatch, "openvino", "onnxruntime", "ncnn")
     with pytest.raises(MissingError) as caught:
         load(for_cpu)
-    assert "has no engine that can run here (openvino fp32, onnxruntime fp32)" in str(caught.value)
+    assert "has no engine that can run here (openvino fp32, onnxruntime fp32, ncnn fp32)" in str(
+        caught.value
+    )
     assert NO_OPENVINO in str(caught.value) and NO_ONNXRUNTIME in str(caught.value)
 
 
@@ -1077,7 +1152,9 @@ def test_an_unknown_runtime_is_refused_with_the_nearest(for_cpu):
 
 
 def test_a_runtime_that_the_artifact_has_not_is_missing(for_cpu, for_t4):
-    with pytest.raises(MissingError, match=r"can run here \(openvino fp32, onnxruntime fp32\)"):
+    with pytest.raises(
+        MissingError, match=r"can run here \(openvino fp32, onnxruntime fp32, ncnn fp32\)"
+    ):
         load(for_cpu, runtime="tensorrt")
     with pytest.raises(MissingError) as caught:
         load(for_t4)

@@ -247,7 +247,7 @@ from litezoo.export.runtime import get_runtime, list_runtimes
 for name in list_runtimes():
     assert get_runtime(name).name == name
 """
-    heavy = {"openvino", "onnxruntime", "tensorrt", "cuda", "ncnn", "pytorch_lightning"}
+    heavy = {"openvino", "onnxruntime", "tensorrt", "ncnn", "pytorch_lightning"}  # not torch
     assert imported_by(code) & heavy == set()
 
 

@@ -23,13 +23,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from litezoo.export import build_engine, runtime_tensorrt  # noqa: E402
+from litezoo.export.build_engine import BuildOptions  # noqa: E402
 from litezoo.export.kit import write_kit  # noqa: E402
-from litezoo.export.runtime import Runtime, get_runtime  # noqa: E402
+from litezoo.export.runtime import BuildSource, Runtime, get_runtime  # noqa: E402
 from litezoo.models.errors import CheckFailed, MissingError, UsageError  # noqa: E402
 from litezoo.recipes.devices import Batch, get_device  # noqa: E402
 
@@ -238,6 +241,16 @@ def test_the_check_sees_what_build_engine_calls(version: str) -> None:
         trt.IExecutionContext.set_input_shape trt.IExecutionContext.infer_shapes
         trt.IExecutionContext.set_tensor_address trt.IExecutionContext.execute_async_v3
         trt.ILogger.log trt.IProgressMonitor.step_complete trt.IProgressMonitor.phase_start
+        trt.HardwareCompatibilityLevel.AMPERE_PLUS trt.HardwareCompatibilityLevel.NONE
+        trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY trt.BuilderFlag.VERSION_COMPATIBLE
+        trt.IBuilderConfig.hardware_compatibility_level trt.IBuilderConfig.set_flag
+        trt.IBuilderConfig.builder_optimization_level trt.IBuilderConfig.create_timing_cache
+        trt.IBuilderConfig.set_timing_cache trt.IBuilderConfig.get_timing_cache
+        trt.ITimingCache.serialize trt.Runtime.engine_host_code_allowed
+        trt.IProfiler.report_layer_time trt.IExecutionContext.profiler
+        trt.IExecutionContext.enqueue_emits_profile trt.IExecutionContext.report_to_profiler
+        trt.ICudaEngine.create_engine_inspector trt.EngineInspector.execution_context
+        trt.EngineInspector.get_engine_information trt.LayerInformationFormat.JSON
         """
     assert set(called.split()) - seen == set()
 
@@ -287,6 +300,10 @@ def test_every_cuda_name_and_argument_count_is_that_of_cuda_python() -> None:
                 assert hasattr(cuda, node.attr), node.attr
             elif node.attr.startswith("cudaMemcpy"):
                 assert hasattr(cuda.cudaMemcpyKind, node.attr)
+            elif node.attr.startswith("cudaStreamCaptureMode"):
+                assert node.attr == "cudaStreamCaptureMode" or hasattr(
+                    cuda.cudaStreamCaptureMode, node.attr
+                )
             elif node.attr.startswith("cudaError"):
                 assert hasattr(cuda.cudaError_t, node.attr), node.attr
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -295,6 +312,7 @@ def test_every_cuda_name_and_argument_count_is_that_of_cuda_python() -> None:
                 assert (found := re.match(r"\w+\((.*)\)", first)), first
                 assert len(node.args) == len([a for a in found[1].split(",") if a.strip()]), first
     assert {"cudaMemcpyAsync", "cudaGetDeviceProperties", "cudaFree", "cudaErrorNoDevice"} <= used
+    assert {"cudaStreamBeginCapture", "cudaGraphLaunch", "cudaGraphExecDestroy"} <= used
 
 
 def test_the_builder_imports_only_numpy_and_runs_on_python_3_10() -> None:
@@ -388,7 +406,8 @@ def Builder_create_network(self, flags=0):
     return new("INetworkDefinition", num_inputs=0, num_outputs=0)
 @does
 def Builder_create_builder_config(self):
-    return new("IBuilderConfig", tf32=True, pools={}, profiles=[], progress_monitor=None)
+    return new("IBuilderConfig", tf32=True, flagged=[], pools={}, profiles=[], cache=None,
+               progress_monitor=None)
 @does
 def Builder_create_optimization_profile(self):
     return new("IOptimizationProfile", shapes={})
@@ -405,7 +424,9 @@ def Builder_build_serialized_network(self, network, config):
         return None
     [shapes] = config.profiles
     asked = {"shapes": shapes, "tf32": config.tf32, "pools": config.pools,
-             "profiling": config.profiling_verbosity.name}
+             "profiling": config.profiling_verbosity.name, "flags": config.flagged,
+             "hardware": config.hardware_compatibility_level.name,
+             "level": config.builder_optimization_level, "cache": config.cache and config.cache.got}
     BUILT.append(asked)
     plan = b"FAKE" + json.dumps(asked).encode() + b"\0" + network.content
     return new("IHostMemory", content=plan)
@@ -451,6 +472,25 @@ def IBuilderConfig_set_memory_pool_limit(self, pool, pool_size):
 def IBuilderConfig_clear_flag(self, flag):
     self.__dict__["tf32"] = self.tf32 and flag != BuilderFlag.TF32
 @does
+def IBuilderConfig_set_flag(self, flag):
+    self.flagged.append(flag.name)
+@does
+def IBuilderConfig_create_timing_cache(self, serialized_timing_cache):
+    return new("ITimingCache", got=serialized_timing_cache.decode())
+@does
+def IBuilderConfig_set_timing_cache(self, cache, ignore_mismatch):
+    assert ignore_mismatch is False
+    if CONFIG.get("no_cache") or cache.got and not cache.got.startswith(__version__):
+        return False
+    self.__dict__["cache"] = cache
+    return True
+@does
+def IBuilderConfig_get_timing_cache(self):
+    return self.cache
+@does
+def ITimingCache_serialize(self):
+    return new("IHostMemory", content=(self.got or __version__).encode() + b" one build")
+@does
 def IBuilderConfig_add_optimization_profile(self, profile):
     if CONFIG.get("no_profile"):
         return -1
@@ -470,6 +510,10 @@ def Runtime_deserialize_cuda_engine(self, serialized_engine):
         self.logger.log(ILogger.Severity.ERROR, "magicTag does not match")
         return None
     asked, _, content = serialized_engine[4:].partition(b"\0")
+    if "VERSION_COMPATIBLE" in json.loads(asked)["flags"]:
+        if not self.__dict__.get("engine_host_code_allowed"):
+            self.logger.log(ILogger.Severity.ERROR, "host code is not allowed")
+            return None
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [session.get_inputs()[0].name, session.get_outputs()[0].name]
     return new("ICudaEngine", num_io_tensors=2, names=names, session=session,
@@ -488,7 +532,24 @@ def ICudaEngine_get_tensor_profile_shape(self, name, profile_index):
     return self.profile[name]
 @does
 def ICudaEngine_create_execution_context(self):
-    return new("IExecutionContext", of=self, addresses={}, shape=None)
+    return new("IExecutionContext", of=self, addresses={}, shape=None, profiler=None)
+@does
+def ICudaEngine_create_engine_inspector(self):
+    return new("EngineInspector", of=self)
+@does
+def EngineInspector_get_engine_information(self, format):
+    assert format == LayerInformationFormat.JSON and self.execution_context.of is self.of
+    return CONFIG.get("inspector", '{"Layers": [{"Name": "conv + relu"}], "I/O Tensors": []}')
+@does
+def IProfiler_init(self): pass
+@does
+def IExecutionContext_report_to_profiler(self):
+    if CONFIG.get("no_profiler") or self.profiler is None:
+        return False
+    assert self.enqueue_emits_profile is False
+    for name, ms in (("conv + relu", 0.3), ("pool", 0.1)):
+        self.profiler.report_layer_time(name, ms)
+    return True
 @does
 def IExecutionContext_set_input_shape(self, name, shape):
     low, _, high = self.of.profile[name]
@@ -509,10 +570,16 @@ def IExecutionContext_set_tensor_address(self, name, memory):
     return name in self.of.names
 @does
 def IExecutionContext_execute_async_v3(self, stream_handle):
+    import cuda.bindings.runtime as cudart
     assert isinstance(stream_handle, int) and stream_handle
+    if cudart.CAPTURING:
+        cudart.CAPTURING[0].append(lambda shape=self.shape: enqueue(self, shape))
+        return not CONFIG.get("no_capture")
+    return enqueue(self, self.shape)
+def enqueue(self, shape):
     source, target = (self.addresses[name] for name in self.of.names)
-    size = 4 * int(np.prod(self.shape))
-    images = np.frombuffer(ctypes.string_at(source, size), np.float32).reshape(self.shape)
+    size = 4 * int(np.prod(shape))
+    images = np.frombuffer(ctypes.string_at(source, size), np.float32).reshape(shape)
     [logits] = self.of.session.run(None, {self.of.names[0]: images})
     if len(images) == CONFIG.get("wrong_at_batch", len(images)):
         logits = logits + np.float32(CONFIG.get("wrong_by", 0))
@@ -527,6 +594,7 @@ CONFIG = json.loads(os.environ["FAKE_TENSORRT"])
 GPUS = CONFIG.get("gpus", [["Tesla T4", 7, 5]])
 DRIVER, RUNTIME = CONFIG.get("driver", 12020), CONFIG.get("runtime", 12090)
 MEMORY, CURRENT, STREAMS = {}, [], []
+CAPTURING, GRAPHS, LAUNCHES = [], {}, []  # what is being captured, what exists, what was replayed
 
 
 class cudaError_t(enum.IntEnum):
@@ -539,6 +607,10 @@ class cudaError_t(enum.IntEnum):
 class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+
+
+class cudaStreamCaptureMode(enum.IntEnum):
+    cudaStreamCaptureModeThreadLocal = 1
 
 
 class cudaDeviceProp:
@@ -563,6 +635,29 @@ def cudaStreamCreate():
 def cudaStreamSynchronize(stream): return (OK,)
 def cudaStreamDestroy(stream):
     STREAMS.remove(stream)
+    return (OK,)
+def cudaStreamBeginCapture(stream, mode):
+    assert mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal and not CAPTURING
+    CAPTURING.append([])
+    return (OK,)
+def cudaStreamEndCapture(stream):
+    work = CAPTURING.pop()
+    if CONFIG.get("no_graph"):
+        return BAD, None
+    GRAPHS["graph"] = work
+    return OK, "graph"
+def cudaGraphInstantiate(graph, flags):
+    GRAPHS["exec"] = GRAPHS[graph]
+    return OK, "exec"
+def cudaGraphDestroy(graph):
+    del GRAPHS[graph]
+    return (OK,)
+def cudaGraphExecDestroy(graphExec):
+    return cudaGraphDestroy(graphExec)
+def cudaGraphLaunch(graphExec, stream):
+    LAUNCHES.append(graphExec)
+    for work in GRAPHS[graphExec]:
+        work()
     return (OK,)
 def cudaMalloc(size):
     buffer = ctypes.create_string_buffer(size)
@@ -611,19 +706,31 @@ def save_network(file: Path, *, batch: int | str = "batch", weight: np.ndarray) 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return create_tiny(tmp_path_factory.mktemp("onnx"))
+
+
+def create_tiny(folder: Path) -> Tiny:
     random = np.random.default_rng(0)
     weight = random.standard_normal((5, 3, 3, 3)).astype(np.float32)
-    file = save_network(tmp_path_factory.mktemp("onnx") / "tiny.fp32.onnx", weight=weight)
+    file = save_network(folder / "tiny.fp32.onnx", weight=weight)
     images = random.standard_normal((9, 3, 6, 8)).astype(np.float32)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return Tiny(file, images, session.run(None, {"input": images})[0])
 
 
-def create_kit(folder: Path, tiny: Tiny, *precisions: str) -> Path:
+def source_of(tiny: Tiny) -> BuildSource:
+    return BuildSource(onnx=dict.fromkeys(("fp32", "fp16", "int8", "int8-fp16"), tiny.onnx_file))
+
+
+INT8_T4 = dataclasses.replace(T4, precisions=("int8", "fp16", "fp32"))
+
+
+def create_kit(folder: Path, tiny: Tiny, *precisions: str, triton: bool = False) -> Path:
     folder.mkdir()
     write_kit(
         folder,
-        device=T4,
+        device=INT8_T4,
+        triton=triton,
         model_name="tiny",
         onnx_files=dict.fromkeys(precisions or ("fp16", "fp32"), tiny.onnx_file),
         inputs=tiny.images,
@@ -666,6 +773,19 @@ def without_tensorrt(folder: Path) -> dict[str, str]:
     folder.mkdir()
     (folder / "tensorrt.py").write_text("raise ModuleNotFoundError('none', name='tensorrt')\n")
     return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def with_fakes(folder: Path, version: str) -> dict[str, str]:
+    """Return an environment in which a script finds the fakes, and no litezoo."""
+    (folder / "cuda" / "bindings").mkdir(parents=True)
+    (folder / "tensorrt.py").write_text(FAKE_TENSORRT)
+    (folder / "cuda" / "__init__.py").write_text("")
+    (folder / "cuda" / "bindings" / "__init__.py").write_text("")
+    (folder / "cuda" / "bindings" / "runtime.py").write_text(FAKE_CUDA)
+    (folder / "litezoo.py").write_text("raise ImportError('the kit must not need litezoo')")
+    api = DATA / f"tensorrt_api_{version}.json"
+    config = json.dumps({"api": str(api)})
+    return {**os.environ, "PYTHONPATH": str(folder), "FAKE_TENSORRT": config}
 
 
 def run_script(kit: Path, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -848,7 +968,7 @@ MACHINES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "no GPU": ({"gpus": []}, "no NVIDIA GPU is visible here"),
     "no driver": ({"driver": 0}, "no NVIDIA GPU is visible here"),
-    "old driver": ({"driver": 11040}, "tensorrt-cu12 wheels need driver 535 or newer"),
+    "old driver": ({"driver": 11040}, "tensorrt-cu12 wheels needs driver 535 or newer"),
     "old driver for cuda-python": ({"runtime": 13000}, "'cuda-python>=12.6.1,<13'"),
     "old TensorRT": ({"version": "10.9.0.34"}, "TensorRT 10.9.0.34 is here, but t4 needs >=10.12"),
     "new TensorRT": ({"version": "12.0.0"}, "needs >=10.12,<12"),
@@ -885,20 +1005,13 @@ def test_a_package_that_cannot_be_imported_is_named(
 def test_a_kit_builds_checks_and_measures_its_engines(
     kit: Path, tmp_path: Path, version: str
 ) -> None:
-    fakes = tmp_path / "fakes"
-    (fakes / "cuda" / "bindings").mkdir(parents=True)
-    (fakes / "tensorrt.py").write_text(FAKE_TENSORRT)
-    (fakes / "cuda" / "__init__.py").write_text("")
-    (fakes / "cuda" / "bindings" / "__init__.py").write_text("")
-    (fakes / "cuda" / "bindings" / "runtime.py").write_text(FAKE_CUDA)
-    (fakes / "litezoo.py").write_text("raise ImportError('the kit must not need litezoo')")
-    api = DATA / f"tensorrt_api_{version}.json"
-    env = {**os.environ, "PYTHONPATH": str(fakes), "FAKE_TENSORRT": json.dumps({"api": str(api)})}
+    env = with_fakes(tmp_path / "fakes", version)
     done = run_script(kit, env=env)
     assert done.returncode == 0, done.stderr
     full = Api(version).version
     plans = {f"tiny.{p}.sm75.trt{full}.plan" for p in ("fp16", "fp32")}
-    assert names_in(kit) == KIT_FILES | plans | {"result.json"}
+    layers = {name.replace(".plan", ".layers.json") for name in plans}
+    assert names_in(kit) == KIT_FILES | plans | layers | {"result.json", "timing.cache"}
     result = json.loads((kit / "result.json").read_text())
     assert result["ok"] is True and result["failed"] == {}
     assert (result["device"], result["gpu"], result["tensorrt"]) == ("t4", "Tesla T4", full)
@@ -914,6 +1027,17 @@ def test_a_kit_builds_checks_and_measures_its_engines(
         for row in entry["timings"]:
             assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
             assert row["runs"] >= 10 and row["images_per_s"] > 0 and row["p50_with_copies_ms"] > 0
+            assert row["cuda_graph"] is True and row["p50_without_graph_ms"] > 0
+            assert row["seconds"] > 0 and row["spread"] >= 0
+        told = json.loads((kit / entry["layers"]).read_text())
+        assert [(time["name"], time["ms"]) for time in told["times"]] == [
+            ("conv + relu", 0.3), ("pool", 0.1),
+        ]  # fmt: skip
+        assert sum(time["percent"] for time in told["times"]) == pytest.approx(100)
+        assert told["timed"] == "replays of a CUDA graph" and told["batch"] == 8
+        assert told["engine"]["Layers"] == [{"Name": "conv + relu"}]
+    assert result["kit_sha256"] == build_engine.sha256_of(kit / "kit.json")
+    assert result["image_shape"] == [3, 6, 8] and result["host"]["cores"] >= 1
     assert "images/s" in done.stdout and "a warning" in done.stdout
     assert "not to be shown" not in done.stdout
     assert "Traceback" not in done.stderr
@@ -928,6 +1052,7 @@ def test_an_engine_is_built_as_the_settings_say(kit: Path, fake: Install) -> Non
             kit / settings.onnx, settings=settings, log=print, progress=steps.append
         )
     half, full = trt.BUILT
+    assert (half["hardware"], half["flags"], half["level"]) == ("NONE", [], 3)
     assert half["shapes"] == {"input": [(1, 3, 6, 8), (8, 3, 6, 8), (32, 3, 6, 8)]}
     assert half["pools"] == {"WORKSPACE": 1024 * 2**20} and half["profiling"] == "DETAILED"
     assert (half["tf32"], full["tf32"]) == (True, False)
@@ -963,24 +1088,25 @@ def test_what_fails_exits_3_and_leaves_no_engine(
     assert build_engine.main(["--kit", str(kit)]) == 3
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: fp32: ") and error.count("\n") == 1
-    assert names_in(kit) == KIT_FILES - {"tiny.fp16.onnx"} | {"result.json"}
+    left = names_in(kit) - {"timing.cache"}  # what was measured before the failure stays
+    assert left == KIT_FILES - {"tiny.fp16.onnx"} | {"result.json"}
     result = json.loads((kit / "result.json").read_text())
     assert (result["ok"], result["engines"]) == (False, [])
     assert words in result["failed"]["fp32"]
 
 
-def test_fp16_is_judged_by_cosine_and_top1() -> None:
+def test_an_engine_is_judged_by_relative_error_and_top1() -> None:
     def problem(logits: np.ndarray, expected: np.ndarray) -> str | None:
         parity = build_engine.compare_logits(logits, expected, precision="fp16", batches=[1])
         return parity.problem(build_engine.TOLERANCES["fp16"])
 
     logits = np.array([[1.0, 3.0, -2.0], [2.0, 0.0, 1.0]], np.float32)
     assert problem(logits * np.float32(1.001), logits) is None
-    assert "cosine" in str(problem(logits + np.array([[0.0], [0.1]], np.float32), logits))
+    assert "relative error" in str(problem(logits + np.float32(0.1), logits))
     tie = np.array([[3.0, 3.001, 0.0]], np.float32)
     assert problem(tie[:, [1, 0, 2]], tie) is None
     ours, expected = np.full((2, 2, 1000), 10.0, np.float32)
-    expected[:, 0], ours[0, 0], ours[1, 1] = 10.5, 10.5, 10.6
+    expected[:, 0], ours[0, 0], ours[1, 1] = 10.15, 10.15, 10.2
     assert problem(ours, expected) == "top-1 agrees for 50.0% of the images, not for all"
 
 
@@ -1017,10 +1143,10 @@ def test_without_tensorrt_the_runtime_says_what_to_type(
     assert runtime.missing(T4) == NEEDS_TENSORRT
     assert "tensorrt" not in runtime.versions()
     with pytest.raises(MissingError) as error:
-        runtime.build(tiny.onnx_file, device=T4, precision="fp32", folder=tmp_path)
+        runtime.build(source_of(tiny), device=T4, precision="fp32", folder=tmp_path)
     assert str(error.value) == NEEDS_TENSORRT
     with pytest.raises(MissingError) as error:
-        runtime.load([tmp_path / "a.sm75.trt11.4.0.106.plan"], device=T4)
+        runtime.load([tmp_path / "a.fp32.sm75.trt11.4.0.106.plan"], device=T4, precision="fp32")
     assert str(error.value) == NEEDS_TENSORRT
     assert names_in(tmp_path) == set()
 
@@ -1033,9 +1159,9 @@ def test_the_runtime_builds_and_runs_batches_of_any_size(
     device = dataclasses.replace(T4, batch=Batch(min=2, opt=2, max=4))
     assert runtime.missing(device) is None
     assert runtime.versions()["tensorrt"] == trt.__version__
-    files = runtime.build(tiny.onnx_file, device=device, precision="fp32", folder=tmp_path)
+    files = runtime.build(source_of(tiny), device=device, precision="fp32", folder=tmp_path)
     assert [file.name for file in files] == ["tiny.fp32.sm75.trt11.4.0.106.plan"]
-    session = runtime.load([tmp_path / "manifest.json", *files], device=device)
+    session = runtime.load([tmp_path / "manifest.json", *files], device=device, precision="fp32")
     for count in (9, 1, 4, 2):  # 9 = 4 + 4 + 1, and 1 is below the smallest batch
         logits = session.run(tiny.images[:count])
         assert logits.shape == (count, 5) and logits.dtype == np.float32
@@ -1049,8 +1175,12 @@ def test_the_runtime_builds_and_runs_batches_of_any_size(
         with pytest.raises(UsageError, match=r"takes float32 of shape \(N, 3, 6, 8\)"):
             session.run(wrong)
     assert len(cuda.MEMORY) == 2 and cuda.STREAMS
+    for _ in range(3):  # the second is captured, the third a replay
+        logits = session.run(tiny.images[4:8])
+        np.testing.assert_allclose(logits, tiny.logits[4:8], rtol=1e-5, atol=1e-6)
+    assert cuda.LAUNCHES and list(cuda.GRAPHS) == ["exec"]
     del session
-    assert not cuda.MEMORY and not cuda.STREAMS
+    assert not cuda.MEMORY and not cuda.STREAMS and not cuda.GRAPHS
 
 
 def test_the_gpu_of_the_right_kind_is_chosen(fake: Install) -> None:
@@ -1065,26 +1195,28 @@ def test_an_engine_of_another_machine_is_refused_in_words(
     fake()
     runtime = get_runtime("tensorrt")
 
-    def load(*names: str) -> None:
-        runtime.load([tmp_path / name for name in names], device=T4)
+    def load(name: str) -> None:
+        runtime.load([tmp_path / name], device=T4, precision="fp16")
 
     with pytest.raises(UsageError, match=r"for compute capability 9\.0, but t4 has 7\.5"):
-        load("a.sm90.trt11.4.0.106.plan")
+        load("a.fp16.sm90.trt11.4.0.106.plan")
     with pytest.raises(MissingError, match=r"built by TensorRT 10\.16\.1\.11 .* is 11\.4\.0\.106"):
-        load("a.sm75.trt10.16.1.11.plan")
+        load("a.fp16.sm75.trt10.16.1.11.plan")
     with pytest.raises(UsageError, match="does not say what it runs on"):
         load("a.plan")
     with pytest.raises(UsageError, match=r"one \.plan file, not 0: a\.onnx"):
         load("a.onnx")
-    (tmp_path / "a.sm75.trt11.4.0.106.plan").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"does not hold fp16; its precision is before \.sm"):
+        load("a.int8-fp16.sm75.trt11.4.0.106.plan")
+    (tmp_path / "a.fp16.sm75.trt11.4.0.106.plan").write_bytes(b"damaged")
     with pytest.raises(CheckFailed, match="cannot load this engine"):
-        load("a.sm75.trt11.4.0.106.plan")
+        load("a.fp16.sm75.trt11.4.0.106.plan")
     fake(gpus=[["NVIDIA A10", 8, 6]])
     with pytest.raises(MissingError, match=r"plan needs compute capability 7\.5 .* A10 with 8\.6"):
-        load("a.sm75.trt11.4.0.106.plan")
+        load("a.fp16.sm75.trt11.4.0.106.plan")
     fake(parser_errors=[[0, "conv", "Conv", "bad"]])
     with pytest.raises(CheckFailed, match=r"node 0 'conv' \(Conv\): bad"):
-        runtime.build(tiny.onnx_file, device=T4, precision="fp16", folder=tmp_path)
+        runtime.build(source_of(tiny), device=T4, precision="fp16", folder=tmp_path)
 
 
 def test_a_network_with_other_names_is_refused_by_the_builder(kit: Path, fake: Install) -> None:
@@ -1095,3 +1227,344 @@ def test_a_network_with_other_names_is_refused_by_the_builder(kit: Path, fake: I
             build_engine.build_plan(
                 kit / settings.onnx, settings=dataclasses.replace(settings, **change), log=print
             )
+
+
+# --- precisions, options and what lies beside an engine ------------------------------------------
+
+
+def test_an_int8_engine_is_compared_with_what_its_own_file_gives(
+    tmp_path: Path, tiny: Tiny, fake: Install
+) -> None:
+    fake()
+    weight = onnx.numpy_helper.to_array(onnx.load(tiny.onnx_file).graph.initializer[0])
+    coarse = save_network(tmp_path / "coarse.onnx", weight=np.round(weight))  # far from fp32
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    files = {"int8+fp16": coarse, "int8": coarse}
+    write_kit(
+        kit,
+        device=INT8_T4,
+        model_name="tiny",
+        onnx_files=files,
+        inputs=tiny.images,
+        logits=tiny.logits,
+    )
+    assert {"tiny.int8.onnx", "tiny.int8-fp16.onnx"} <= names_in(kit)
+    assert build_engine.main(["--kit", str(kit), "--seconds", "0"]) == 0
+    entries = json.loads((kit / "result.json").read_text())["engines"]
+    assert [entry["engine"] for entry in entries] == [
+        "tiny.int8-fp16.sm75.trt11.4.0.106.plan",
+        "tiny.int8.sm75.trt11.4.0.106.plan",
+    ]
+    assert all(entry["parity"]["max_relative_error"] < 1e-5 for entry in entries)
+    with pytest.raises(build_engine.Failed, match="differs from the expected logits"):
+        _make_with(kit, logits=tiny.logits)
+
+
+def _make_with(kit: Path, *, logits: np.ndarray) -> None:
+    settings = build_engine.read_kit(kit).engines[0]
+    images, _ = build_engine.read_expected(kit / "expected.npz", settings)
+    build_engine.make_engine(
+        kit,
+        settings=settings,
+        environment=build_engine.find_environment(settings),
+        images=images,
+        expected=logits,
+        log=print,
+    )
+
+
+def test_what_an_int8_file_gives_is_computed_as_it_is_written(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = []
+    real = onnxruntime.InferenceSession
+
+    def open_session(file: object, options: Any = None, **others: Any) -> Any:
+        levels.append(options and options.graph_optimization_level)
+        return real(file, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    create_kit(tmp_path / "kit", tiny, "int8", "fp16")
+    assert levels == [onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL]
+
+
+def test_int8_logits_that_are_not_finite_make_no_kit(tmp_path: Path, tiny: Tiny) -> None:
+    broken = save_network(tmp_path / "a.onnx", weight=np.full((5, 3, 3, 3), np.nan, np.float32))
+    with pytest.raises(CheckFailed, match="not finite; quantize it again"):
+        write_kit(
+            tmp_path,
+            device=INT8_T4,
+            model_name="tiny",
+            onnx_files={"int8": broken},
+            inputs=tiny.images,
+            logits=tiny.logits,
+        )
+
+
+def test_every_form_of_tensorrt_has_a_tolerance_and_a_tie() -> None:
+    forms = set(build_engine.FORMS)
+    assert forms == set(build_engine.TOLERANCES) == set(build_engine.TIES)
+    assert get_runtime("tensorrt").precisions == {
+        "fp32": "fp32", "fp16": "fp16", "int8+fp16": "int8-fp16", "int8": "int8",
+    }  # fmt: skip
+
+
+def test_the_options_reach_the_builder_and_the_name(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = fake()
+    words = ["--version-compatible", "--hardware-compatibility", "same_compute_capability"]
+    words += ["--optimization-level", "5", "--seconds", "0", "--precision", "fp16"]
+    assert build_engine.main(["--kit", str(kit), *words]) == 0
+    [built] = trt.BUILT
+    assert built["flags"] == ["VERSION_COMPATIBLE"]
+    assert (built["hardware"], built["level"]) == ("SAME_COMPUTE_CAPABILITY", 5)
+    [entry] = json.loads((kit / "result.json").read_text())["engines"]
+    assert entry["engine"] == "tiny.fp16.sm75.trt11.4.0.106.vc.plan"
+    assert entry["options"] == {
+        "hardware_compatibility": "same_compute_capability",
+        "version_compatible": True,
+        "optimization_level": 5,
+    }
+    fp16 = build_engine.read_kit(kit).engines[0]
+    changed = dataclasses.replace(fp16, **entry["options"])
+    line = build_engine.trtexec_command(changed)
+    assert "--versionCompatible" in line and "--builderOptimizationLevel=5" in line
+    assert "--hardwareCompatibilityLevel=sameComputeCapability" in line
+    assert "--hardwareCompatibilityLevel" not in build_engine.trtexec_command(fp16)
+
+
+OPTIONS = {
+    "ampere_plus engines need compute capability 8.0 or more and NVIDIA T4 has 7.5": [
+        "--hardware-compatibility",
+        "ampere_plus",
+    ],
+    "hardware compatibility is none, same_compute_capability, ampere_plus, not turing": [
+        "--hardware-compatibility",
+        "turing",
+    ],
+    "optimization level goes from 0 to 5, not 6": ["--optimization-level", "6"],
+    "this kit was made without Triton's configuration": ["--triton"],
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_an_option_that_cannot_be_exits_2(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    fake()
+    assert build_engine.main(["--kit", str(kit), *OPTIONS[words]]) == 2
+    assert words in capsys.readouterr().err
+    assert names_in(kit) == KIT_FILES
+
+
+def test_a_kit_of_t4_is_not_made_for_ampere_plus(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="take none or same_compute_capability"):
+        write_kit(
+            tmp_path,
+            device=T4,
+            model_name="tiny",
+            onnx_files={"fp16": tiny.onnx_file},
+            inputs=tiny.images,
+            logits=tiny.logits,
+            options=BuildOptions(hardware_compatibility="ampere_plus"),
+        )
+    assert names_in(tmp_path) == set()
+
+
+def test_the_timing_cache_is_kept_and_used_again(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = fake()
+    assert build_engine.main(["--kit", str(kit)]) == 0
+    assert [built["cache"] for built in trt.BUILT] == ["", "11.4.0.106 one build"]
+    assert (kit / "timing.cache").read_bytes() == b"11.4.0.106 one build one build"
+    assert "timing.cache" not in capsys.readouterr().out
+
+
+def test_a_timing_cache_of_another_version_is_said_and_replaced(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = fake()
+    (kit / "timing.cache").write_bytes(b"10.16 old")
+    assert build_engine.main(["--kit", str(kit), "--precision", "fp16"]) == 0
+    assert trt.BUILT[0]["cache"] == ""
+    assert "timing.cache is of another GPU or TensorRT version" in capsys.readouterr().out
+    assert (kit / "timing.cache").read_bytes() == b"11.4.0.106 one build"
+    trt = fake(no_cache=True)
+    assert build_engine.main(["--kit", str(kit), "--precision", "fp16"]) == 0
+    assert trt.BUILT[0]["cache"] is None
+    assert "takes no timing cache here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", [{"no_graph": True}, {"no_capture": True}])
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str], config: dict[str, object]
+) -> None:
+    fake(**config)
+    assert build_engine.main(["--kit", str(kit), "--precision", "fp32"]) == 0
+    assert "runs without a CUDA graph" in capsys.readouterr().out
+    [entry] = json.loads((kit / "result.json").read_text())["engines"]
+    assert {row["cuda_graph"] for row in entry["timings"]} == {False}
+    told = json.loads((kit / entry["layers"]).read_text())
+    assert told["timed"] == "runs, no CUDA graph"
+    assert not sys.modules["cuda.bindings.runtime"].GRAPHS
+
+
+def test_a_replay_is_compared_too(tmp_path: Path, tiny: Tiny, fake: Install) -> None:
+    fake()
+    kit = create_kit(tmp_path / "kit", tiny, "fp32")
+    cuda: Any = sys.modules["cuda.bindings.runtime"]
+    launch = cuda.cudaGraphLaunch
+
+    def spoilt(graph: object, stream: object) -> object:
+        answer = launch(graph, stream)
+        for buffer in cuda.MEMORY.values():
+            if len(buffer) == 32 * 5 * 4:  # the logits
+                buffer[:] = b"\0" * len(buffer)
+        return answer
+
+    cuda.cudaGraphLaunch = spoilt
+    assert build_engine.main(["--kit", str(kit)]) == 3
+    failed = json.loads((kit / "result.json").read_text())["failed"]
+    assert "relative error" in failed["fp32"]
+
+
+def test_an_engine_is_kept_where_its_layers_are_not_told(
+    kit: Path, fake: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(no_profiler=True)
+    assert build_engine.main(["--kit", str(kit), "--precision", "fp16"]) == 0
+    assert "is kept without tiny.fp16.sm75" in (out := capsys.readouterr().out)
+    assert "TensorRT reports no layer times" in out
+    [entry] = json.loads((kit / "result.json").read_text())["engines"]
+    assert entry["layers"] is None and (kit / entry["engine"]).is_file()
+    fake(inspector="no JSON")
+    assert build_engine.main(["--kit", str(kit), "--precision", "fp16"]) == 0
+    [entry] = json.loads((kit / "result.json").read_text())["engines"]
+    assert json.loads((kit / entry["layers"]).read_text())["engine"] == "no JSON"
+    assert "is not JSON; it is kept as text" in capsys.readouterr().out
+
+
+def test_layer_times_are_of_replays_only(kit: Path, fake: Install) -> None:
+    trt = fake()
+    settings = build_engine.read_kit(kit).engines[0]
+    environment = build_engine.find_environment(settings)
+    plan = build_engine.build_plan(kit / settings.onnx, settings=settings, log=print)
+    images, _ = build_engine.read_expected(kit / "expected.npz", settings)
+    reports: list[int] = []
+    real = trt.IExecutionContext.report_to_profiler
+
+    def report(context: Any) -> bool:  # the first two runs are no replays, and slow
+        reports.append(len(sys.modules["cuda.bindings.runtime"].LAUNCHES))
+        answer: bool = real(context)
+        if len(reports) == 1:
+            context.profiler.times["pool"][0] = 100.0
+        return answer
+
+    trt.IExecutionContext.report_to_profiler = report
+    told = build_engine.describe_layers(
+        plan, settings=settings, environment=environment, images=images, log=print, runs=1
+    )
+    assert reports == [0, 1, 2]
+    assert [time["ms"] for time in told["times"]] == [0.3, 0.1]
+
+
+def test_a_device_may_ask_for_a_newer_driver_than_the_wheels(tiny: Tiny, fake: Install) -> None:
+    fake()
+    newer = dataclasses.replace(T4, toolchain={**T4.toolchain, "driver": ">=580"})
+    assert "needs driver 580 or newer (CUDA 13.0)" in str(get_runtime("tensorrt").missing(newer))
+    wrong = dataclasses.replace(T4, toolchain={**T4.toolchain, "driver": "535"})
+    assert "driver has the form '>=535'" in str(get_runtime("tensorrt").missing(wrong))
+    older = dataclasses.replace(T4, toolchain={**T4.toolchain, "driver": ">=400"})
+    assert runtime_tensorrt._create_target(older).driver_min == build_engine.DRIVER_MIN
+
+
+def test_a_version_compatible_engine_runs_on_the_next_version_only_forward(
+    tiny: Tiny, tmp_path: Path, fake: Install
+) -> None:
+    fake(version="10.16.1.11")
+    runtime = runtime_tensorrt.TensorRT(options=BuildOptions(version_compatible=True))
+    [file] = runtime.build(source_of(tiny), device=T4, precision="fp32", folder=tmp_path)
+    assert file.name == "tiny.fp32.sm75.trt10.16.1.11.vc.plan"
+    fake(version="11.4.0.106")
+    session = get_runtime("tensorrt").load([file], device=T4, precision="fp32")
+    np.testing.assert_allclose(session.run(tiny.images), tiny.logits, rtol=1e-5, atol=1e-6)
+    fake(version="10.12.0.1")
+    with pytest.raises(MissingError, match="runs on newer ones up to the next major"):
+        get_runtime("tensorrt").load([file], device=T4, precision="fp32")
+
+
+def test_the_code_in_a_plan_is_run_only_where_its_name_says_it_has_some(
+    tiny: Tiny, tmp_path: Path, fake: Install
+) -> None:
+    fake()
+    runtime = runtime_tensorrt.TensorRT(options=BuildOptions(version_compatible=True))
+    [file] = runtime.build(source_of(tiny), device=T4, precision="fp32", folder=tmp_path)
+    renamed = file.rename(tmp_path / file.name.replace(".vc", ""))
+    with pytest.raises(CheckFailed, match="host code is not allowed"):
+        runtime.load([renamed], device=T4, precision="fp32")
+
+
+def test_an_ampere_plus_engine_names_the_gpus_that_take_it() -> None:
+    options = BuildOptions(hardware_compatibility="ampere_plus")
+    name = build_engine.engine_name(
+        "a.fp16", compute_capability="8.6", tensorrt_version="11.4.0.106", options=options
+    )
+    named = build_engine.read_engine_name(name)
+    assert [named.runs_on(sm) for sm in ("7.5", "8.0", "8.6", "9.0", "12.0")] == [
+        False, True, True, True, True,
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"8\.6 and other GPUs from Ampere on, but t4 has 7\.5"):
+        get_runtime("tensorrt").load([Path(name)], device=T4, precision="fp16")
+
+
+VERSION_NUMBERS = st.lists(st.integers(0, 99), min_size=1, max_size=4).map(
+    lambda numbers: ".".join(map(str, numbers))
+)
+
+
+@given(
+    stem=st.from_regex(r"[a-z]\w{0,5}(\.(fp16|int8-fp16))?", fullmatch=True),
+    sm=st.tuples(st.integers(7, 12), st.integers(0, 9)),
+    version=VERSION_NUMBERS,
+    level=st.sampled_from(sorted(build_engine.HARDWARE_COMPATIBILITY)),
+    compatible=st.booleans(),
+)
+def test_what_an_engines_name_says_is_read_back(
+    stem: str, sm: tuple[int, int], version: str, level: str, compatible: bool
+) -> None:
+    capability = f"{sm[0]}.{sm[1]}"
+    name = build_engine.engine_name(
+        stem,
+        compute_capability=capability,
+        tensorrt_version=version,
+        options=BuildOptions(hardware_compatibility=level, version_compatible=compatible),
+    )
+    named = build_engine.read_engine_name(name)
+    assert named == build_engine.EngineName(
+        stem=stem,
+        compute_capability=capability,
+        tensorrt_version=version,
+        ampere_plus=level == "ampere_plus",
+        version_compatible=compatible,
+    )
+    assert named.runs_with(version)
+
+
+def test_the_runtime_names_what_it_cannot_build(tiny: Tiny, tmp_path: Path, fake: Install) -> None:
+    fake()
+    runtime = get_runtime("tensorrt")
+
+    def build(precision: str, source: BuildSource) -> None:
+        runtime.build(source, device=T4, precision=precision, folder=tmp_path)
+
+    with pytest.raises(UsageError, match=r"builds fp32, fp16, int8\+fp16, int8 so far, not bf16"):
+        build("bf16", source_of(tiny))
+    with pytest.raises(UsageError, match="there is no fp16 ONNX file; there is fp32"):
+        build("fp16", BuildSource(onnx={"fp32": tiny.onnx_file}))
+    no_int8 = dataclasses.replace(T4, precisions=("fp16",))
+    with pytest.raises(UsageError, match="t4 has no int8"):
+        runtime.build(source_of(tiny), device=no_int8, precision="int8+fp16", folder=tmp_path)
+    assert names_in(tmp_path) == set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -255,7 +256,26 @@ def _export_parser(parser: ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="default: that of the last trained checkpoint")
     parser.add_argument("--device", help="a name of `litezoo devices` (required)")
     parser.add_argument("--weights", help="tag, checkpoint file or 'random' (speed only)")
-    parser.add_argument("--precision", default="auto", help="default: all of the device's")
+    parser.add_argument("--precision", default="auto", help="default: all of the device's that "
+                        "pass, the fastest first")  # fmt: skip
+    parser.add_argument("--calibration", help="images for int8: 'digits', a folder, or 'random' "
+                        "(default: what the weights were trained on)")  # fmt: skip
+    parser.add_argument("--yes-really", action="store_true",
+                        help="calibrate on noise, for measuring speed only")  # fmt: skip
+    parser.add_argument("--keep-float", nargs="+", default=[], metavar="NODE",
+                        help="ONNX nodes that int8 leaves in float")  # fmt: skip
+    parser.add_argument("--max-drop", type=float, default=0.5,
+                        help="most points of top-1 that a precision may lose")  # fmt: skip
+    parser.add_argument("--objective", choices=("latency", "throughput"), default="latency")
+    parser.add_argument("--batch", type=int, default=1, help="batch size that engines are compared "
+                        "at (default: 1)")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--triton", action="store_true", help="lay a repository for Triton "
+                        "Inference Server into the build kit")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="only compare the network with the "
+                        "device's limits")  # fmt: skip
+    parser.add_argument("--force", action="store_true",
+                        help="build again though nothing has changed")  # fmt: skip
     parser.add_argument("--engine", choices=("auto", "require"), default="auto",
                         help="require: no build kit instead of an engine")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: artifacts/<model>/<device>")
@@ -273,8 +293,37 @@ def _evidence(stage: str, parity: Parity, accuracy: Accuracy | None) -> tuple[st
             f"{accuracy.top1_percent:.2f} (PyTorch {accuracy.pytorch_top1_percent:.2f}, "
             f"{accuracy.images} images)"
         )
+    snr = "-" if accuracy is None else f"{accuracy.snr_db:.0f}"
     sizes = ", ".join(map(str, parity.batches))
-    return stage, parity.reference, sizes, f"{parity.max_relative_error:.1e}", top1
+    return stage, parity.reference, sizes, f"{parity.max_relative_error:.1e}", snr, top1
+
+
+def _check_limits(args: Namespace, model: str, weights: str) -> None:
+    from litezoo.export.exporter import check
+    from litezoo.models.errors import CheckFailed
+
+    with _steps() as progress:
+        findings = check(
+            model, device=args.device, weights=weights, precision=args.precision,
+            allow_license=args.allow_license, progress=progress,
+        )  # fmt: skip
+
+    def text() -> None:
+        if not findings:
+            print(f"{args.device} has no limit that {model} meets")
+            return
+        _table(
+            f"{model} on {args.device}: {len(findings)} findings",
+            ("kind", "what", "layers", "what to do"),
+            [
+                (f.kind, f.message, f"{f.count}: {', '.join(f.layers)}", f.remedy)
+                for f in findings
+            ],
+        )  # fmt: skip
+
+    _show(findings, as_json=args.json, text=text)
+    if wrong := [f for f in findings if f.kind == "forbidden" and not f.fixed]:
+        raise CheckFailed(f"{model} does not run on {args.device}: {wrong[0]}")
 
 
 def _export(args: Namespace) -> None:
@@ -287,7 +336,15 @@ def _export(args: Namespace) -> None:
     from litezoo.export.artifact import default_folder
     from litezoo.export.exporter import choose_source, export
 
+    if args.calibration == "random" and not args.yes_really:
+        raise UsageError("int8 calibrated on noise has no accuracy; if it is for measuring speed "
+                         "only, add --yes-really")  # fmt: skip
+    from litezoo.benchmarks.measure import rank
+
     model, weights = choose_source(args.model or None, args.weights or None)
+    if args.check:
+        _check_limits(args, model, weights)
+        return
     out = args.out or default_folder(model, args.device)
     with _steps() as progress:
         artifact = export(
@@ -297,7 +354,16 @@ def _export(args: Namespace) -> None:
             out=out,
             precision=args.precision,
             engine=args.engine,
+            calibration=args.calibration,
+            keep_float=args.keep_float,
+            max_drop=args.max_drop,
             accuracy_images=args.accuracy_images,
+            objective=args.objective,
+            batch=args.batch,
+            threads=args.threads,
+            triton=args.triton,
+            force=args.force,
+            rank=functools.partial(rank, threads=args.threads, progress=progress),
             allow_license=args.allow_license,
             progress=progress,
         )
@@ -307,14 +373,19 @@ def _export(args: Namespace) -> None:
             _evidence(check.stage, check, artifact.onnx_accuracy.get(check.stage[5:]))
             for check in artifact.checks
         ]
-        rows += [_evidence(e.label, e.parity, e.accuracy) for e in artifact.engines]
+        rows = [(*row, "-") for row in rows] + [
+            (*_evidence(e.label, e.parity, e.accuracy),
+             "-" if e.ms_per_batch is None else f"{e.ms_per_batch:.3f}")
+            for e in artifact.engines
+        ]  # fmt: skip
         _table(
             f"{model} ({weights}) for {args.device}, deploy form",
-            ("stage", "compared with", "batch", "relative error", "top-1 %"),
+            ("stage", "compared with", "batch", "relative error", "SNR dB", "top-1 %",
+             f"ms, batch {args.batch}"),
             rows,
-        )
-        for runtime, reason in artifact.not_built.items():
-            print(f"{runtime} engine: not built ({reason})")
+        )  # fmt: skip
+        for what, reason in artifact.not_built.items():
+            print(f"{what}: not built ({reason})")
         if artifact.kit:
             print(f"build kit: {out / 'kit'}  (copy it to the device, then see its README.md)")
         for note in artifact.notes:
@@ -360,9 +431,34 @@ def _bench_parser(parser: ArgumentParser) -> None:
     parser.add_argument("--pytorch", action="store_true",
                         help="also PyTorch eager, in train form and fused")  # fmt: skip
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--import", type=Path, dest="result", metavar="FILE",
+                        help="append what a build kit measured (its result.json) instead; FOLDERS "
+                        "may name the artifact that the kit was made in")  # fmt: skip
+
+
+def _import(args: Namespace) -> None:
+    from litezoo.benchmarks.import_kit import import_result
+    from litezoo.benchmarks.results import results_folder
+
+    if len(args.folders) > 1:
+        raise UsageError("a kit's result is of one artifact; name one folder, or none")
+    results = args.results or results_folder()
+    rows = import_result(
+        args.result, results=results, artifact=args.folders[0] if args.folders else None
+    )
+
+    def text() -> None:
+        for row in rows:
+            print(f"  {row.model} {row.label}, batch {row.batch}: {row.p50_ms:.3f} ms")
+        print(f"appended {len(rows)} rows to {results / rows[0].device}.jsonl")
+
+    _show(rows, as_json=args.json, text=text)
 
 
 def _bench(args: Namespace) -> None:
+    if args.result is not None:
+        _import(args)
+        return
     from litezoo.benchmarks.measure import (
         candidates_of,
         check_conditions,
