@@ -13,7 +13,7 @@ DATA ?= digits
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint types docs wheel export bench profile guidelines pick report digits readme clean FORCE
+.PHONY: help install demo test test-export-all check lint types docs wheel export bench profile guidelines pick report digits readme clean FORCE
 
 help: ## list the targets
 	@echo "litezoo: lightweight CNNs from recipe to verified, measured engine"
@@ -63,6 +63,9 @@ digits: $(STAMP) ## train every family on the embedded digits: docs/digits.md (h
 
 readme: $(STAMP) ## refresh the README's table from benchmarks/results
 	$(ZOO) report --readme README.md
+
+test-export-all: $(STAMP) ## every model x fp32, fp16, int8 on ONNX Runtime and OpenVINO: docs/export.md (an hour)
+	$(BIN)/python tests/export_all.py
 
 test: $(STAMP) ## the tests
 	$(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -50,6 +50,7 @@ from .artifact import (
 )
 from .calibration import Calibration, choose_calibration
 from .compare import compare_logits, worst_layers
+from .embed import embed_preprocess
 from .limits import Finding, apply_rewrites, check_limits
 from .parity import BATCHES, TOLERANCE, Parity, check_batches, check_parity
 from .qdq_lint import lint
@@ -61,7 +62,7 @@ from .to_onnx import INPUT, OUTPUT, export_onnx, load_onnx, simplify_onnx
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["EngineRequest", "Ranker", "check", "choose_source", "export"]
+__all__ = ["EngineRequest", "Ranker", "check", "choose_source", "export", "load_source"]
 
 #: auto: build what can be built here, else a kit; require: MissingError where it cannot.
 EngineRequest = Literal["auto", "require"]
@@ -102,7 +103,7 @@ def choose_source(model: str | None, weights: str | None) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
+class Source:
     """The network to export and where it is from."""
 
     spec: ModelSpec
@@ -114,13 +115,14 @@ class _Source:
     data: str | None
 
 
-def _load_source(model: str, weights: str, allow_license: tuple[str, ...]) -> _Source:
+def load_source(model: str, weights: str, allow_license: tuple[str, ...]) -> Source:
+    """Return the network that `weights` are of, in train form, and what is known of them."""
     spec = get_spec(model)
     if weights == "random":
         torch.manual_seed(0)
         network = create_model(model)
         _settle_batchnorm(network, spec.resolution)
-        return _Source(
+        return Source(
             spec=spec, model=network, weights="random", sha256=None,
             preprocess=spec.default_preprocess,
             classes=(), data=None,
@@ -133,7 +135,7 @@ def _load_source(model: str, weights: str, allow_license: tuple[str, ...]) -> _S
         preprocess = entry.preprocess
     elif info is not None:
         preprocess = info.preprocess
-    return _Source(
+    return Source(
         spec=spec,
         model=create_model(model, weights=file),
         weights=weights if entry is None else entry.tag,
@@ -152,7 +154,7 @@ def _settle_batchnorm(network: nn.Module, resolution: int) -> None:
         network(torch.randn(4, 3, min(resolution, 64), min(resolution, 64)))
 
 
-def _probe_images(source: _Source) -> tuple[list[Image.Image], Array, str | None]:
+def _probe_images(source: Source) -> tuple[list[Image.Image], Array, str | None]:
     """Return `PROBES` images, as they are and preprocessed: real ones where there are any."""
     note: str | None = None
     photos: list[Image.Image] = []
@@ -232,6 +234,7 @@ def export(
     threads: int | None = None,
     rank: Ranker | None = None,
     triton: bool = False,
+    embed: bool = False,
     force: bool = False,
     allow_license: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
@@ -255,6 +258,7 @@ def export(
         threads: CPU threads of the engines (default: all cores).
         rank: measures the engines; the artifact then lists the fastest first.
         triton: lay a repository for Triton Inference Server into the build kit.
+        embed: also write ONNX files that take uint8 images and normalise inside.
         force: build again where `out` holds what the same inputs gave.
         allow_license: licences of weights that are accepted by name.
         progress: called with each step's name.
@@ -279,8 +283,8 @@ def export(
             raise MissingError(f"no engine for {device} can be built here: {reason}")
 
     progress(f"loading {spec.name} ({weights})")
-    source = _load_source(model, weights, tuple(allow_license))
-    inputs = {**_inputs(source, request, precision), "triton": str(triton)}
+    source = load_source(model, weights, tuple(allow_license))
+    inputs = {**_inputs(source, request, precision), "triton": str(triton), "embed": str(embed)}
     if not force and (same := _unchanged(out, inputs)) is not None:
         progress(f"{out} is up to date")
         return same
@@ -312,6 +316,9 @@ def export(
         for name, proto in typed.protos.items():
             onnx_files[name] = f"model.{name}.onnx"
             write_whole(folder / onnx_files[name], proto.SerializeToString())
+        if embed:
+            progress("putting the normalisation into the graph")
+            checks += _embed(folder, onnx_files, typed, deploy, images, source.preprocess, target)
         np.savez(folder / EXPECTED, inputs=images, logits=expected)
         if photos:
             _save_golden(folder, photos, expected)
@@ -389,7 +396,7 @@ def check(
     target = get_device(device)
     precisions = target.select_precisions(precision)
     progress(f"loading {model} ({weights})")
-    source = _load_source(model, weights, tuple(allow_license))
+    source = load_source(model, weights, tuple(allow_license))
     network = source.model.eval()
     deploy = fuse_with_report(network).model if graph_form(network) == "train" else network
     images = np.random.default_rng(0).standard_normal((2, *source.preprocess.input_size))
@@ -426,7 +433,7 @@ def _typed_onnx(
     deploy: nn.Module,
     images: Array,
     expected: Array,
-    source: _Source,
+    source: Source,
     request: _Request,
     not_built: dict[str, str],
     progress: Callable[[str], None],
@@ -775,13 +782,42 @@ def _fastest_first(
     return tuple(sorted(timed, key=lambda engine: times[engine.label]))
 
 
+def _embed(
+    folder: Path,
+    onnx_files: dict[str, str],
+    typed: _Typed,
+    deploy: nn.Module,
+    images: Array,
+    preprocess: Preprocess,
+    device: Device,
+) -> list[Parity]:
+    """Write each form once more with the normalisation inside, and compare with PyTorch."""
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (preprocess.mean, preprocess.std))
+    pixels = np.clip(np.round((images * std + mean) * 255), 0, 255)
+    expected = _logits(deploy, ((pixels / 255 - mean) / std).astype(np.float32))
+    raw: Any = pixels.astype(np.uint8).transpose(0, 2, 3, 1)
+    parities = []
+    for form, proto in typed.protos.items():
+        embedded = embed_preprocess(proto, preprocess)
+        parities.append(
+            check_batches(
+                f"embedded {form}", load_onnx(embedded), raw, expected,
+                tolerance=TOLERANCE["int8" if form.startswith("int8") else form],
+                batches=_batches(device),
+            )
+        )  # fmt: skip
+        onnx_files[f"embedded {form}"] = f"model.{form}.images.onnx"
+        write_whole(folder / f"model.{form}.images.onnx", embedded.SerializeToString())
+    return parities
+
+
 def _save_golden(folder: Path, photos: Sequence[Image.Image], expected: Array) -> None:
     """Keep the images as they are, with PyTorch's logits: evidence for the preprocessing too."""
     arrays: dict[str, Any] = {f"image_{i:02}": np.asarray(p) for i, p in enumerate(photos)}
     np.savez_compressed(folder / GOLDEN, logits=expected, **arrays)
 
 
-def _inputs(source: _Source, request: _Request, precision: str) -> dict[str, str]:
+def _inputs(source: Source, request: _Request, precision: str) -> dict[str, str]:
     """Return what decides what is built: with the same of these the artifact is the same.
 
     A folder of images counts by its name; after a change in it, export with `force`.

@@ -585,7 +585,7 @@ def _hard_gate(
     shifted, clipped = editor.name(f"{stem}_shifted"), editor.name(f"{stem}_clipped")
     shift = editor.number(f"{stem}_shift", offset / slope)
     low, high = editor.number(f"{stem}_low", 0.0), editor.number(f"{stem}_high", 1 / slope)
-    scale = editor.number(f"{stem}_scale", slope)
+    scale = editor.number(f"{stem}_slope", slope)
     return [
         editor.node("Add", [x, shift], shifted),
         editor.node("Clip", [shifted, low, high], clipped),

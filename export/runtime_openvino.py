@@ -21,11 +21,11 @@ from litezoo.recipes.devices import Device
 
 from .runtime import Array, BuildSource, Objective, Session
 
-__all__ = ["RUNTIME"]
+__all__ = ["RUNTIME", "one_core"]
 
 
 @cache
-def _core() -> Any:
+def one_core() -> Any:
     """Return the process's one Core, never dropped.
 
     Each Core's CPU plugin puts up a signal stack and puts back the one before when it goes: two
@@ -99,7 +99,7 @@ class OpenVino:
         if (reason := self.missing(device)) is not None:
             raise MissingError(reason)
         half = precision.endswith("bf16")
-        if half and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if half and "BF16" not in one_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise MissingError(
                 f"this CPU has no bf16 instructions, which {precision} needs; take int8 or fp32"
             )
@@ -109,8 +109,8 @@ class OpenVino:
             "PERFORMANCE_HINT": objective.upper(),
         }
         try:
-            model = _core().read_model(files[0])
-            return _Session(_core().compile_model(model, "CPU", settings))
+            model = one_core().read_model(files[0])
+            return _Session(one_core().compile_model(model, "CPU", settings))
         except Exception as error:
             raise CheckFailed(f"openvino refuses {files[0]}: {error}") from error
 

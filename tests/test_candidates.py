@@ -243,3 +243,38 @@ def test_an_accuracy_knows_its_drop(made):
     accuracy = read_artifact(made).engines[0].accuracy
     worse = dataclasses.replace(accuracy, top1_percent=90.0, pytorch_top1_percent=91.5)
     assert worse.drop == pytest.approx(1.5)
+
+
+def test_a_rewritten_network_can_be_quantized(tmp_path):
+    """Names that the rewrite gives must not be those that quantization gives."""
+    artifact = export(
+        "mobilenetv3_small_050", device="npu-int8", weights="random", out=tmp_path / "a",
+        calibration="random",
+    )  # fmt: skip
+    assert set(artifact.onnx) == {"int8"} and artifact.engines[0].parity.batches == (1,)
+    assert any("HardSwish written as" in note for note in artifact.notes)
+    assert any(note.startswith("speed not measured") for note in artifact.notes)
+
+
+def test_the_normalisation_can_be_in_the_file(best, tmp_path):
+    import onnxruntime
+
+    artifact = export(
+        "repvgg_tiny", device="cpu", weights=best, out=tmp_path / "a", precision="fp32", embed=True
+    )
+    assert "embedded fp32" in {check.stage for check in artifact.checks}
+    session = onnxruntime.InferenceSession(tmp_path / "a" / artifact.onnx["embedded fp32"])
+    (images,) = session.get_inputs()
+    assert images.type == "tensor(uint8)" and images.shape[1:] == [32, 32, 1]
+    assert verify(tmp_path / "a").files == len(artifact.files)
+
+
+def test_the_node_at_which_a_file_parts_is_named_by_the_command(best, tmp_path, capsys):
+    export("repvgg_tiny", device="cpu", weights=best, out=tmp_path / "b", precision="fp32")
+    assert litezoo("verify", "--deep", tmp_path / "b") == 0
+    assert "parts from" in capsys.readouterr().out
+    file = tmp_path / "b" / "openvino.fp32.bin"
+    values = np.fromfile(file, np.float32)
+    values[: len(values) // 20] *= 1.2
+    values.tofile(file)
+    assert litezoo("verify", "--deep", tmp_path / "b") == 3

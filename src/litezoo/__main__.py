@@ -272,6 +272,8 @@ def _export_parser(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--triton", action="store_true", help="lay a repository for Triton "
                         "Inference Server into the build kit")  # fmt: skip
+    parser.add_argument("--embed-preprocess", action="store_true", help="also ONNX files that take "
+                        "uint8 images (N, H, W, C) of the input's size")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only compare the network with the "
                         "device's limits")  # fmt: skip
     parser.add_argument("--force", action="store_true",
@@ -362,6 +364,7 @@ def _export(args: Namespace) -> None:
             batch=args.batch,
             threads=args.threads,
             triton=args.triton,
+            embed=args.embed_preprocess,
             force=args.force,
             rank=functools.partial(rank, threads=args.threads, progress=progress),
             allow_license=args.allow_license,
@@ -398,9 +401,33 @@ def _export(args: Namespace) -> None:
 
 def _verify_parser(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="an artifact's folder")
+    parser.add_argument("--deep", action="store_true", help="compare node by node and name the "
+                        "first at which outputs part")  # fmt: skip
+
+
+def _verify_deep(args: Namespace) -> None:
+    from litezoo.export.deep import deep_verify
+    from litezoo.models.errors import CheckFailed
+
+    with _steps() as progress:
+        progress(f"comparing the nodes of {args.folder}")
+        report = deep_verify(args.folder)
+
+    def text() -> None:
+        for entry in report.compared:
+            print(f"  {entry}")
+        for label, reason in report.skipped.items():
+            print(f"  {label}: not compared ({reason})")
+
+    _show(report, as_json=args.json, text=text)
+    if report.parting is not None:
+        raise CheckFailed(f"{args.folder}: {report.parting}")
 
 
 def _verify(args: Namespace) -> None:
+    if args.deep:
+        _verify_deep(args)
+        return
     from litezoo.export.artifact import verify
 
     with _steps() as progress:
