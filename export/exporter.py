@@ -327,6 +327,7 @@ def export(
             onnx={name: folder / file for name, file in onnx_files.items()},
             module=deploy,
             images=images,
+            calibration=None if typed.calibration is None else typed.calibration.images,
         )
         engines, sessions = _build_engines(folder, build, expected, request, not_built, progress)
         if not engines and (failed := [what for what in not_built if " " in what]):
@@ -347,6 +348,11 @@ def export(
         if "tensorrt" in not_built:
             progress("writing the build kit")
             kit = _write_kit(folder, build, model, expected, request, triton=triton)
+        elif any(engine.runtime == "rknn" for engine in engines):
+            progress("writing the board kit")
+            kit = _write_board_kit(
+                folder, engines, sessions, model, images, expected, source, target
+            )
         notes = [note] if note else []
         if source.weights == "random":
             notes.append("random weights: for measuring speed only")
@@ -460,13 +466,18 @@ def _typed_onnx(
     ]
     protos: dict[str, ModelProto] = {}
     calibration = None
+    try:
+        if any(precision.startswith("int8") for _, precision in _wanted(request)):
+            calibration = choose_calibration(
+                request.calibration, data=source.data, weights=source.weights,
+                preprocess=source.preprocess,
+            )  # fmt: skip
+    except MissingError as error:
+        request.refuse("int8", error, not_built)
     for form in dict.fromkeys(wanted):
+        if form.startswith("int8") and calibration is None:
+            continue
         try:
-            if form.startswith("int8") and calibration is None:
-                calibration = choose_calibration(
-                    request.calibration, data=source.data, weights=source.weights,
-                    preprocess=source.preprocess,
-                )  # fmt: skip
             progress(f"typing {form}")
             proto, said = apply_rewrites(
                 _retype(fp32, form, images, calibration, request), request.device
@@ -599,6 +610,8 @@ def _build_engines(
         if (reason := runtime.missing(request.device)) is not None:
             not_built[runtime.name] = reason
             continue
+        if precision.startswith("int8") and source.calibration is None:
+            continue
         form = _form(runtime, precision, request.device)
         if form is not None and form not in source.onnx:
             not_built[label] = not_built[f"onnx {form}"]
@@ -704,6 +717,38 @@ class _Validation:
             agreement_percent=round(likeness.top1_agreement_percent, 3),
             snr_db=round(likeness.snr_db, 1),
         )
+
+
+def _write_board_kit(
+    folder: Path,
+    engines: Sequence[Engine],
+    sessions: Mapping[str, Session],
+    model: str,
+    images: Array,
+    expected: Array,
+    source: Source,
+    device: Device,
+) -> tuple[str, ...]:
+    """Write what a Rockchip board needs to check and measure its engines; return its files."""
+    from .runtime_rknn import write_board_kit
+
+    rknn = {engine.precision: engine for engine in engines if engine.runtime == "rknn"}
+    (folder / "kit").mkdir()
+    written = write_board_kit(
+        folder / "kit",
+        device=device,
+        model_name=model,
+        rknn_files={precision: folder / engine.files[0] for precision, engine in rknn.items()},
+        images=images,
+        preprocess=source.preprocess,
+        logits=expected,
+        simulated={
+            precision: _in_parts(sessions[engine.label].run, 1)(images)
+            for precision, engine in rknn.items()
+        },
+        toolkit=next(iter(rknn.values())).versions["rknn-toolkit2"],
+    )
+    return tuple(str(file.relative_to(folder)) for file in written)
 
 
 def _good_forms(

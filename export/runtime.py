@@ -44,12 +44,14 @@ class BuildSource:
 
     `onnx` maps a form of the graph (fp32, fp16, int8, int8-fp16, int8-u8s8) to its typed file;
     `module` is the same network in PyTorch (deploy form, float32, eval mode), where it is at hand;
-    `images` (N, C, H, W) are preprocessed examples.
+    `images` (N, C, H, W) are preprocessed examples, `calibration` more of them, for toolkits that
+    quantize by themselves.
     """
 
     onnx: Mapping[str, Path]
     module: nn.Module | None = None
     images: Array | None = None
+    calibration: Array | None = None
 
     def file(self, form: str) -> Path:
         """Return the typed file of a form; UsageError where it was not made."""
