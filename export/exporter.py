@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -209,12 +209,14 @@ class _Request:
     objective: Objective
     batch: int
     threads: int | None
+    refused: list[LitezooError] = field(default_factory=list, repr=False)
 
-    def refuse(self, label: str, error: Exception, not_built: dict[str, str]) -> None:
+    def refuse(self, label: str, error: LitezooError, not_built: dict[str, str]) -> None:
         """Note a candidate that failed, or raise where it was asked for by name."""
         if not self.is_auto:
             raise error
         not_built[label] = str(error)
+        self.refused.append(error)
 
 
 def export(
@@ -330,9 +332,8 @@ def export(
             calibration=None if typed.calibration is None else typed.calibration.images,
         )
         engines, sessions = _build_engines(folder, build, expected, request, not_built, progress)
-        if not engines and (failed := [what for what in not_built if " " in what]):
-            if "tensorrt" not in not_built:
-                raise CheckFailed(f"no engine is right: {not_built[failed[-1]]}")
+        if not engines and request.refused and "tensorrt" not in not_built:
+            raise request.refused[-1]
         if validation is not None and engines:
             progress("measuring the accuracy of the engines")
             engines = _good_engines(engines, sessions, validation, typed, request, not_built)
@@ -873,7 +874,7 @@ def _inputs(source: Source, request: _Request, precision: str) -> dict[str, str]
         "weights": source.sha256 or source.weights,
         "preprocess": json.dumps(source.preprocess.to_dict()),
         "precision": precision,
-        **{key: repr(value) for key, value in vars(request).items()},
+        **{key: repr(value) for key, value in vars(request).items() if key != "refused"},
         **{name: r.missing(request.device) or repr(r.versions()) for name, r in runtimes.items()},
         "versions": json.dumps(_versions()),
     }

@@ -278,3 +278,17 @@ def test_the_node_at_which_a_file_parts_is_named_by_the_command(best, tmp_path, 
     values[: len(values) // 20] *= 1.2
     values.tofile(file)
     assert litezoo("verify", "--deep", tmp_path / "b") == 3
+
+
+def test_where_nothing_is_right_the_last_reason_ends_the_export(best, tmp_path, monkeypatch):
+    from litezoo.export.runtime_ncnn import RUNTIME as NCNN
+    from litezoo.export.runtime_onnxruntime import RUNTIME as ONNXRUNTIME
+
+    def broken(*_args, **_options):
+        raise MissingError("the toolkit cannot be had")
+
+    monkeypatch.setattr(type(NCNN), "build", broken)
+    monkeypatch.setattr(type(ONNXRUNTIME), "build", broken)
+    with pytest.raises(MissingError, match="the toolkit cannot be had"):
+        export("repvgg_tiny", device="jetson-nano", weights=best, out=tmp_path / "a")
+    assert not list(tmp_path.iterdir())
