@@ -17,7 +17,7 @@ DATA ?= digits
 
 help: ## list the targets
 	@echo "litezoo: lightweight CNNs from recipe to verified, measured engine"
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "litezoo needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 4; }
@@ -64,7 +64,7 @@ digits: $(STAMP) ## train every family on the embedded digits: docs/digits.md (h
 readme: $(STAMP) ## refresh the README's table from benchmarks/results
 	$(ZOO) report --readme README.md
 
-test-export-all: $(STAMP) ## every model x fp32, fp16, int8 on ONNX Runtime and OpenVINO: docs/export.md (an hour)
+test-export-all: $(STAMP) ## every model at fp32, fp16, int8 in two runtimes: docs/export.md (an hour)
 	$(BIN)/python tests/export_all.py
 
 test: $(STAMP) ## the tests

@@ -365,8 +365,21 @@ def test_the_python_of_the_contract_works():
 
 #: The targets of the contract (architecture.md, section 5), and those of the house.
 TARGETS = (
-    *("help", "demo", "test", "check", "train-%", "export", "bench", "profile", "guidelines"),
-    *("pick", "report", "install", "lint", "types", "docs", "wheel", "digits", "readme", "clean"),
+    *("help", "demo", "test", "test-export-all", "check", "train-%", "export", "bench"),
+    *(
+        "profile",
+        "guidelines",
+        "pick",
+        "report",
+        "install",
+        "lint",
+        "types",
+        "docs",
+        "wheel",
+        "digits",
+        "readme",
+        "clean",
+    ),
 )
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
