@@ -65,7 +65,8 @@ class Accuracy:
 class Engine:
     """One runtime's files at one precision, with their evidence.
 
-    `ms_per_batch` is the median time of a batch of `batch` images, where export compared engines.
+    `ms_per_batch` is the time of a batch of `batch` images, where export compared engines: the
+    least of the medians of its blocks.
     """
 
     runtime: str

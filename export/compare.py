@@ -16,6 +16,7 @@ from litezoo.models.errors import CheckFailed, UsageError, require
 
 from .qdq_lint import DEQUANTIZE, QUANTIZE, GraphIndex
 from .runtime import Array
+from .runtime_onnxruntime import DISABLED_OPTIMIZERS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -98,8 +99,7 @@ def worst_layers(
         probe.SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
-        # it gives biases the scale s_x * s_w as an int32, which is 0 in float16
-        disabled_optimizers=["WeightBiasQuantization"],
+        disabled_optimizers=DISABLED_OPTIMIZERS,
     )
     entry = session.get_inputs()[0].name
     sums = np.zeros((len(names), 3))  # signal, noise of the layer alone, accumulated noise

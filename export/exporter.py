@@ -7,14 +7,9 @@ at the end or not at all.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 
@@ -53,11 +47,12 @@ from .compare import compare_logits, worst_layers
 from .embed import embed_preprocess
 from .limits import Finding, apply_rewrites, check_limits
 from .parity import BATCHES, TOLERANCE, Parity, check_batches, check_parity
-from .qdq_lint import lint
+from .qdq_lint import check_lint
 from .runtime import Array, BuildSource, Objective, Runtime, Session, get_runtime
 from .to_fp16 import check_fp16_range, to_fp16
 from .to_int8 import Form, quantize
 from .to_onnx import INPUT, OUTPUT, export_onnx, load_onnx, simplify_onnx
+from .whole_folder import check_replaceable, whole_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -279,7 +274,7 @@ def export(
             f"accuracy is measured on {accuracy_images} images and speed at batch {batch}; both "
             "need 1 or more"
         )
-    _check_replaceable(out)
+    check_replaceable(out)
     for name in target.runtimes if engine == "require" else ():
         if (reason := get_runtime(name).missing(target)) is not None:
             raise MissingError(f"no engine for {device} can be built here: {reason}")
@@ -304,7 +299,7 @@ def export(
         )
     ]  # fmt: skip
 
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         progress("exporting ONNX")
         not_built: dict[str, str] = {}
         typed = _typed_onnx(deploy, images, expected, source, request, not_built, progress)
@@ -559,18 +554,16 @@ def _retype(
         keep_float=request.keep_float,
         weight_bits=7 if limits.weight_bits == 7 else 8,
     )
-    if form.startswith("int8-u8"):  # not for TensorRT
-        return proto
     if form == "int8-fp16":
         check_fp16_range(fp32, images)
         proto = to_fp16(proto)
-    if problems := lint(proto):
-        first = problems[0]
-        raise CheckFailed(
-            f"the {form} file breaks {len(problems)} of TensorRT's rules; first {first.node}: "
-            f"{first.message}"
-        )
+        check_lint(proto)
     return proto
+
+
+def _tolerance(form: str) -> float:
+    """How far a form's logits may be from PyTorch's; every int8 form has int8's."""
+    return TOLERANCE["int8" if form.startswith("int8") else form]
 
 
 def _check_form(
@@ -582,9 +575,8 @@ def _check_form(
     stage: str | None = None,
     batches: tuple[int, ...] = BATCHES,
 ) -> Parity:
-    tolerance = TOLERANCE["int8" if form.startswith("int8") else form]
     return check_batches(
-        stage or f"onnx {form}", load_onnx(proto), images, expected, tolerance=tolerance,
+        stage or f"onnx {form}", load_onnx(proto), images, expected, tolerance=_tolerance(form),
         batches=batches,
     )  # fmt: skip
 
@@ -848,7 +840,7 @@ def _embed(
         parities.append(
             check_batches(
                 f"embedded {form}", load_onnx(embedded), raw, expected,
-                tolerance=TOLERANCE["int8" if form.startswith("int8") else form],
+                tolerance=_tolerance(form),
                 batches=_batches(device),
             )
         )  # fmt: skip
@@ -904,57 +896,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuse to replace what is not an artifact."""
-    if out.is_file():
-        raise UsageError(f"{out} is a file; give a folder with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise UsageError(f"{out} holds other files; give an empty or new folder with --out")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `out` at the end, or vanishes on an error.
-
-    A lock keeps a second export into the same folder out; what a killed one left goes first.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.parent / f".{out.name}.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(
-            f"another export is writing {out}; wait for it, or give another folder with --out"
-        ) from error
-    try:
-        for left in out.parent.glob(f".{out.name}.*"):
-            if left.is_dir():
-                if left.suffix == ".old" and not out.exists():
-                    os.replace(left, out)
-                shutil.rmtree(left, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        scratch.chmod(0o755)
-        old = scratch.with_name(scratch.name + ".old")
-        try:
-            yield scratch
-            if out.exists():
-                os.replace(out, old)
-            os.replace(scratch, out)
-        except BaseException as error:
-            if old.exists() and not out.exists():
-                os.replace(old, out)
-            shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, CheckFailed):
-                raise CheckFailed(f"{error}; nothing was written") from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise MissingError(
-                    f"the disk of {out.parent} is full; nothing was written"
-                ) from error
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        with suppress(OSError):  # filelock refuses a lock on a file that is gone
-            Path(lock.lock_file).unlink()
-        lock.release()

@@ -18,7 +18,8 @@ from .runtime import Array, BuildSource, Objective, Session
 
 __all__ = ["DISABLED_OPTIMIZERS", "RUNTIME"]
 
-#: Of ONNX Runtime 1.32: with it Q/DQ files typed float16 have errors above 1.
+#: Of ONNX Runtime 1.32: with it Q/DQ files typed float16 have errors above 1 (as we read it, a
+#: bias gets the scale s_x * s_w, which is 0 in float16).
 DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 
 
