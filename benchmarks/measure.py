@@ -1,12 +1,12 @@
 """Measuring latency: the protocol, the sessions, the rows.
 
-Protocol "interleaved-1". Every candidate is warmed up until steady: blocks of 0.1 s or more until
+Protocol "interleaved-2". Every candidate is warmed up until steady: blocks of 0.1 s or more until
 two block medians in a row differ by less than 5 %, at most 3 s. Then rounds: in each, every
 candidate runs one block of 0.2 s or more, in an order shuffled anew, with 80 ms of idle before it
 so that one library's spinning threads do not meet the next; at least 5 rounds, and on until each
-candidate has 1 s and 50 runs. A drift of the machine meets all candidates alike; ratios are taken
-between block medians of the same round, and their median is given. Times are wall clock of one call
-with the batch in host memory. The process is pinned to as many CPUs as there are threads.
+candidate has 1 s and 50 runs, or 5 s. A drift of the machine meets all candidates alike; ratios are
+taken between block medians of the same round, and their median is given. Times are wall clock of
+one call with the batch in host memory. The process is pinned to as many CPUs as there are threads.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
     "Measurement",
     "candidates_of",
     "measure",
-    "pytorch_candidates",
     "rank",
 ]
 
-PROTOCOL = "interleaved-1"
+PROTOCOL = "interleaved-2"
 SCHEMA = 1
 BLOCK_S, IDLE_S = 0.2, 0.08
 MIN_ROUNDS, MIN_SECONDS, MIN_RUNS = 5, 1.0, 50
+MOST_SECONDS = 5.0  # of one candidate, past which 50 runs are not waited for
 WARMUP_BLOCK_S, WARMUP_LIMIT_S, STEADY = 0.1, 3.0, 0.05
 
 
@@ -53,8 +53,8 @@ class Measurement:
     """One row of benchmarks/results/<device>.jsonl; times in milliseconds per call of a batch.
 
     `artifact_sha256` is that of the artifact's manifest; `ratio` is the median of this row's speed
-    over the first candidate's in the same rounds (above 1 is faster), `spread` the distance of the
-    quartiles of the block medians over their median.
+    over that of its model's first candidate in the same rounds (above 1 is faster), `spread` the
+    distance of the quartiles of the block medians over their median.
     """
 
     model: str
@@ -139,59 +139,6 @@ def candidates_of(folder: Path, *, threads: int) -> list[Candidate]:
     if not candidates:
         raise MissingError(f"{folder} has no engine that can run here: {'; '.join(reasons)}")
     return candidates
-
-
-class _Eager:
-    """PyTorch eager on the CPU, as a user would call it."""
-
-    def __init__(self, model: object) -> None:
-        self.model = model
-
-    def run(self, batch: Array) -> Array:
-        import torch
-
-        with torch.inference_mode():
-            logits: Array = self.model(torch.from_numpy(batch)).numpy()  # type: ignore[operator]
-        return logits
-
-
-def pytorch_candidates(folder: Path, *, threads: int) -> list[Candidate]:
-    """Return PyTorch eager in train form and fused, for an artifact's network.
-
-    From the artifact's own checkpoint where it is still there, else with random weights, which
-    cost the same time.
-    """
-    import torch
-
-    from litezoo.models.create import create_model
-    from litezoo.models.fuse import fuse
-
-    torch.set_num_threads(threads)
-    artifact = read_artifact(folder)
-    file = Path(artifact.weights)
-    is_here = file.is_file() and file_sha256(file) == artifact.weights_sha256
-    if is_here:
-        train = create_model(artifact.model, weights=file)
-    else:
-        train = create_model(
-            artifact.model,
-            num_classes=len(artifact.classes) or 1000,
-            in_chans=artifact.preprocess.input_size[0],
-        )
-    top1 = [e.accuracy.pytorch_top1_percent for e in artifact.engines if e.accuracy]
-    return [
-        Candidate(
-            artifact=artifact,
-            artifact_sha256=file_sha256(folder / MANIFEST),
-            runtime="pytorch",
-            precision="fp32",
-            graph_form=form,
-            session=_Eager(model),
-            weights="trained" if is_here else "random",
-            top1_percent=top1[0] if top1 and is_here else None,
-        )
-        for form, model in (("train", train.eval()), ("deploy", fuse(train)))
-    ]
 
 
 @contextmanager
@@ -319,7 +266,9 @@ def measure(
 
 def _enough(own: list[list[float]]) -> bool:
     times = [time for block in own for time in block]
-    return len(own) >= MIN_ROUNDS and len(times) >= MIN_RUNS and sum(times) >= 1e3 * MIN_SECONDS
+    seconds = sum(times) / 1e3
+    is_long = len(times) >= MIN_RUNS and seconds >= MIN_SECONDS
+    return len(own) >= MIN_ROUNDS and (is_long or seconds >= MOST_SECONDS)
 
 
 def _row(
@@ -333,6 +282,8 @@ def _row(
     date: str,
 ) -> Measurement:
     candidate = candidates[index]
+    models = [other.artifact.model for other in candidates]
+    base = models.index(candidate.artifact.model)
     times = np.concatenate([np.asarray(block) for block in own])
     p50, p90, p99 = np.percentile(times, (50, 90, 99))
     low, middle, high = np.percentile(medians[index], (25, 50, 75))
@@ -351,8 +302,8 @@ def _row(
         p90_ms=round(float(p90), 4),
         p99_ms=round(float(p99), 4),
         images_per_s=round(1e3 * batch / float(p50), 1),
-        ratio=round(float(np.median(medians[0] / medians[index])), 3),
-        ratio_to=candidates[0].label,
+        ratio=round(float(np.median(medians[base] / medians[index])), 3),
+        ratio_to=candidates[base].label,
         spread=round(float((high - low) / middle), 3),
         runs=len(times),
         seconds=round(float(times.sum()) / 1e3, 2),

@@ -24,8 +24,8 @@ from litezoo.models.errors import CheckFailed, LitezooError, MissingError, Usage
 from litezoo.models.files import file_sha256
 from litezoo.recipes.devices import get_device
 
-from .parity import TOLERANCE, Parity, check_batches, check_parity
-from .runtime import Array, Objective, Session, get_runtime
+from .parity import TOLERANCE, Parity, at_size, check_batches, check_parity
+from .runtime import Array, Objective, Session, check_size, get_runtime
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,7 +92,8 @@ class Artifact:
     `weights` is a tag, a checkpoint's path or "random" (speed only); `checks` are the parity of the
     stages before the engines; `onnx` maps each form of the graph to its file, `onnx_accuracy` those
     to their accuracy that no engine here loads; `not_built` says for each absent runtime, form or
-    engine why. `inputs` is all that decides what was built.
+    engine why. `inputs` is all that decides what was built. With `dynamic_resolution` the engines
+    take images of other sizes than `preprocess` makes.
     """
 
     model: str
@@ -114,6 +115,7 @@ class Artifact:
     created: str
     onnx_accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    dynamic_resolution: bool = False
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -173,7 +175,8 @@ def signed_json(values: Mapping[str, Any]) -> str:
 
 
 def _parity(values: Mapping[str, Any]) -> Parity:
-    return Parity(**{**values, "batches": tuple(values["batches"])})
+    sizes = tuple((height, width) for height, width in values.get("resolutions", ()))
+    return Parity(**{**values, "batches": tuple(values["batches"]), "resolutions": sizes})
 
 
 def _engine(values: Mapping[str, Any]) -> Engine:
@@ -260,6 +263,26 @@ def read_expected(folder: Path) -> tuple[Array, Array]:
         return arrays["inputs"], arrays["logits"]
 
 
+def save_expected(
+    folder: Path, images: Array, logits: Array, second: tuple[Array, Array] | None
+) -> None:
+    """Write what `read_expected` and `read_second` return."""
+    other = {} if second is None else {_key(second[0].shape[2:]): second[1]}
+    np.savez(folder / EXPECTED, allow_pickle=False, inputs=images, logits=logits, **other)
+
+
+def read_second(folder: Path, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Return the folder's images (N, C, *size) and PyTorch's logits of them (N, classes)."""
+    with np.load(folder / EXPECTED) as arrays:
+        if (key := _key(size)) not in arrays:
+            raise CheckFailed(f"{folder / EXPECTED} has no {key}; export again")
+        return at_size(arrays["inputs"], size), arrays[key]
+
+
+def _key(size: Sequence[int]) -> str:
+    return "logits_{}x{}".format(*size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verified:
     """What `verify` found: how many files are intact, each engine's parity, what could not run."""
@@ -286,7 +309,7 @@ def verify(folder: Path) -> Verified:
             skipped[engine.label] = reason
             continue
         session = load_session(folder, artifact, engine)
-        parities.append(_repeat(engine.parity, engine.label, session, images, expected))
+        parities.append(_repeat(folder, engine.parity, engine.label, session, images, expected))
     reference = get_runtime("onnxruntime")
     for check in artifact.checks:
         form = check.stage.removeprefix("onnx ")
@@ -295,18 +318,22 @@ def verify(folder: Path) -> Verified:
         if (reason := reference.missing(device)) is not None:
             skipped[check.stage] = reason
             continue
-        session = reference.load([folder / artifact.onnx[form]], device=device, precision="fp32")
-        parities.append(_repeat(check, check.stage, session, images, expected))
+        file = folder / artifact.onnx[form]
+        session = reference.load([file], device=device, precision=form)
+        parities.append(_repeat(folder, check, check.stage, session, images, expected))
     if not any(parity.stage != "preprocessing" for parity in parities):
         raise MissingError(f"{folder} cannot be run here: {'; '.join(skipped.values())}")
     return Verified(files=len(artifact.files), parities=tuple(parities), skipped=skipped)
 
 
-def _repeat(parity: Parity, stage: str, session: Session, images: Array, expected: Array) -> Parity:
+def _repeat(
+    folder: Path, parity: Parity, stage: str, session: Session, images: Array, expected: Array
+) -> Parity:
     """Compare again as it was compared at export."""
     return check_batches(
-        stage, session.run, images, expected, tolerance=parity.tolerance, batches=parity.batches
-    )
+        stage, session.run, images, expected, tolerance=parity.tolerance, batches=parity.batches,
+        second=read_second(folder, parity.resolutions[1]) if parity.resolutions else None,
+    )  # fmt: skip
 
 
 def _check_preprocessing(folder: Path, artifact: Artifact, expected: Array) -> list[Parity]:
@@ -350,7 +377,13 @@ class LoadedArtifact:
                 "list of image files or PIL images"
             )
         size = self.artifact.preprocess.input_size
-        if batch.ndim != 4 or batch.shape[1:] != size or not len(batch):
+        if self.artifact.dynamic_resolution:
+            if batch.ndim != 4 or batch.shape[1] != size[0] or not len(batch):
+                raise UsageError(
+                    f"images have shape {batch.shape}; this engine takes (N, {size[0]}, H, W)"
+                )
+            check_size(batch.shape[2], batch.shape[3], "images are")
+        elif batch.ndim != 4 or batch.shape[1:] != size or not len(batch):
             raise UsageError(
                 f"images have shape {batch.shape}; this engine takes "
                 f"(N, {', '.join(map(str, size))})"

@@ -56,18 +56,37 @@ _DRIVER_CUDA: Mapping[int, tuple[int, int]] = {
 FORMS: Mapping[str, str] = {
     "fp32": "fp32",
     "fp16": "fp16",
+    "bf16": "bf16",
     "int8+fp16": "int8-fp16",
+    "int8+bf16": "int8-bf16",
     "int8": "int8",
 }
-#: Largest max |difference| / max |logit|, the measure of export/parity.py. Of fp32 and fp16 against
-#: the fp32 network; of int8 against its own ONNX file run by ONNX Runtime: what quantizing itself
-#: costs was judged by export, here is asked whether the engine computes that same file. A rounding
-#: that falls the other way moves an activation by a whole step: OpenVINO is off by up to 3e-3
-#: (repvgg_a0, mobilenetv2_035 at 64 px), no TensorRT engine was measured yet, hence the margin.
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "int8+fp16": 5e-2, "int8": 5e-2}
+#: Largest max |difference| / max |logit|, the measure of export/parity.py. Of floats against the
+#: fp32 network (bf16 rounds eight times as coarsely as fp16); of int8 against its own ONNX file run
+#: by ONNX Runtime: what quantizing itself costs was judged by export, here is asked whether the
+#: engine computes that same file. A rounding that falls the other way moves an activation by a
+#: whole step: OpenVINO is off by up to 3e-3 (repvgg_a0, mobilenetv2_035 at 64 px), no TensorRT
+#: engine was measured yet, hence the margin.
+TOLERANCES: Mapping[str, float] = {
+    "fp32": 1e-4,
+    "fp16": 2e-2,
+    "bf16": 1e-1,
+    "int8+fp16": 5e-2,
+    "int8+bf16": 1e-1,
+    "int8": 5e-2,
+}
 #: A different top-1 class counts only if the two expected logits differ by more than this share
 #: of the image's largest logit: rounding may order a near tie either way.
-TIES: Mapping[str, float] = {"fp32": 0.01, "fp16": 0.01, "int8+fp16": 0.05, "int8": 0.05}
+TIES: Mapping[str, float] = {
+    "fp32": 0.01,
+    "fp16": 0.01,
+    "bf16": 0.05,
+    "int8+fp16": 0.05,
+    "int8+bf16": 0.1,
+    "int8": 0.05,
+}
+#: Lowest compute capability whose tensor cores take bfloat16 (CUDA C++ programming guide).
+BF16_SINCE = "8.0"
 #: Batch sizes at which every engine is compared: one, more, and one that divides nothing.
 CHECK_BATCHES = (1, 2, 7)
 #: Which other GPUs may run an engine -> lowest compute capability that has this.
@@ -175,8 +194,15 @@ class Settings(Target, BuildOptions):
     seconds: float = 3.0
 
     def __post_init__(self) -> None:
-        """Refuse an option that the device's GPU has no engines of."""
+        """Refuse an option or a precision that the device's GPU has no engines of."""
         super().__post_init__()
+        is_old = _numbers(self.compute_capability) < _numbers(BF16_SINCE)
+        if self.precision.endswith("bf16") and is_old:
+            raise Wrong(
+                f"{self.precision} engines need compute capability {BF16_SINCE} or more and "
+                f"{self.title} has {self.compute_capability}; take "
+                f"{self.precision.replace('bf16', 'fp16')}"
+            )
         lowest = HARDWARE_COMPATIBILITY[self.hardware_compatibility]
         if _numbers(self.compute_capability) < _numbers(lowest):
             raise Wrong(
@@ -662,9 +688,36 @@ def trtexec_command(settings: Settings) -> str:
 # --- running -------------------------------------------------------------------------------------
 
 
+#: What holds an engine's input or output on the host, by type; numpy has no bfloat16.
+_HOST: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+}
+
+
+def encode(values: Array, kind: str) -> NDArray[Any]:
+    """Return float32 values in what holds `kind`, rounded to the nearest, ties to even."""
+    if kind != "bf16":
+        with np.errstate(over="ignore"):  # what is beyond float16 is infinite, and so said later
+            return values.astype(_HOST[kind], copy=False)
+    bits = values.view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(_HOST[kind])
+
+
+def decode(values: NDArray[Any], kind: str) -> Array:
+    """Return what `encode` or an engine wrote as float32."""
+    if kind != "bf16":
+        return values.astype(np.float32, copy=False)
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
 class Engine:
     """One engine in GPU memory: takes (N, C, H, W) float32 and gives (N, classes).
 
+    Where the engine's own input or output is a 16-bit float, the host converts; no measured time
+    has that in it.
     With `cuda_graph` the second run of a batch size is captured and the following ones are replays;
     another batch size begins anew, so that no graph outlives the shapes it was captured with.
     `trusted` lets a version compatible plan run the code that it carries.
@@ -710,17 +763,29 @@ class Engine:
         self._allocate()
 
     def _name_tensors(self, trt: Any) -> None:
+        floats = {
+            trt.DataType.FLOAT: "fp32",
+            trt.DataType.HALF: "fp16",
+            trt.DataType.BF16: "bf16",
+        }
+        kinds: dict[str, str] = {}
         inputs: list[str] = []
         outputs: list[str] = []
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             (inputs if is_input else outputs).append(name)
-            if self._engine.get_tensor_dtype(name) != trt.float32:
-                raise Failed(f"the engine's tensor {name!r} is not float32; make the kit again")
+            kind = self._engine.get_tensor_dtype(name)
+            if kind not in floats:
+                raise Failed(
+                    f"the engine's tensor {name!r} is {kind}, neither float32, float16 nor "
+                    "bfloat16; make the kit again"
+                )
+            kinds[name] = floats[kind]
         if len(inputs) != 1 or len(outputs) != 1:
             raise Failed(f"the engine has the inputs {inputs} and outputs {outputs}, not one each")
         self.input_name, self.output_name = inputs[0], outputs[0]
+        self._input_kind, self._output_kind = kinds[inputs[0]], kinds[outputs[0]]
         lowest, _, highest = (
             tuple(dims) for dims in self._engine.get_tensor_profile_shape(self.input_name, 0)
         )
@@ -737,9 +802,10 @@ class Engine:
             raise Failed(f"the engine's output has the shape {shape}, not (N, classes)")
         self.classes = int(shape[1])
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
-        image_bytes = 4 * int(np.prod(self.image_shape))
+        image_bytes = _HOST[self._input_kind].itemsize * int(np.prod(self.image_shape))
+        logits_bytes = _HOST[self._output_kind].itemsize * self.classes
         self._input_address = _checked(cuda, cuda.cudaMalloc(self.batch_max * image_bytes))
-        self._output_address = _checked(cuda, cuda.cudaMalloc(self.batch_max * self.classes * 4))
+        self._output_address = _checked(cuda, cuda.cudaMalloc(self.batch_max * logits_bytes))
         for name, address in (
             (self.input_name, self._input_address),
             (self.output_name, self._output_address),
@@ -805,21 +871,26 @@ class Engine:
     def _synchronize(self) -> None:
         _checked(self._cuda, self._cuda.cudaStreamSynchronize(self._stream))
 
-    def _upload(self, images: Array) -> None:
+    def _upload(self, images: NDArray[Any]) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         answer = self._cuda.cudaMemcpyAsync(
             self._input_address, images.ctypes.data, images.nbytes, kind, self._stream
         )
         _checked(self._cuda, answer)
 
-    def _download(self, logits: Array) -> None:
+    def _download(self, logits: NDArray[Any]) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         answer = self._cuda.cudaMemcpyAsync(
             logits.ctypes.data, self._output_address, logits.nbytes, kind, self._stream
         )
         _checked(self._cuda, answer)
 
-    def _prepare(self, images: Array) -> Array:
+    def _logits(self, count: int) -> NDArray[Any]:
+        """Return room for the logits of a batch, as the engine gives them."""
+        return np.empty((count, self.classes), dtype=_HOST[self._output_kind])
+
+    def _prepare(self, images: Array) -> NDArray[Any]:
+        """Return a batch's images as the engine takes them."""
         if self._context is None:
             raise Wrong("this engine was closed; load it again")
         if images.dtype != np.float32 or images.shape[1:] != self.image_shape or images.ndim != 4:
@@ -828,24 +899,24 @@ class Engine:
                 f"not {images.dtype} of shape {images.shape}"
             )
         _checked(self._cuda, self._cuda.cudaSetDevice(self._gpu_index))
-        return np.ascontiguousarray(images)
+        return encode(np.ascontiguousarray(images), self._input_kind)
 
     def run(self, images: Array) -> Array:
         """Return the logits of any number of images, in batches that the engine takes."""
-        images = self._prepare(images)
+        given = self._prepare(images)
         logits = np.empty((len(images), self.classes), dtype=np.float32)
-        for start in range(0, len(images), self.batch_max):
-            part = images[start : start + self.batch_max]
+        for start in range(0, len(given), self.batch_max):
+            part = given[start : start + self.batch_max]
             count = len(part)
             if count < self.batch_min:  # fill up with the last image
                 part = np.concatenate([part, np.repeat(part[-1:], self.batch_min - count, axis=0)])
             self._set_batch(len(part))
-            result = np.empty((len(part), self.classes), dtype=np.float32)
+            result = self._logits(len(part))
             self._upload(part)
             self._execute()
             self._download(result)
             self._synchronize()
-            logits[start : start + count] = result[:count]
+            logits[start : start + count] = decode(result[:count], self._output_kind)
         return logits
 
     def time_ms(
@@ -855,18 +926,18 @@ class Engine:
 
         A run is from the call until the GPU is done, with or without copying images and logits.
         """
-        images = self._prepare(images)
-        if not self.batch_min <= len(images) <= self.batch_max:
+        given = self._prepare(images)
+        if not self.batch_min <= len(given) <= self.batch_max:
             raise Wrong(f"this engine takes batches of {self.batch_min} to {self.batch_max}")
-        self._set_batch(len(images))
-        logits = np.empty((len(images), self.classes), dtype=np.float32)
-        self._upload(images)
+        self._set_batch(len(given))
+        logits = self._logits(len(given))
+        self._upload(given)
         self._synchronize()
 
         def once() -> float:
             start = time.perf_counter()
             if copies:
-                self._upload(images)
+                self._upload(given)
             self._execute()
             if copies:
                 self._download(logits)
@@ -889,13 +960,13 @@ class Engine:
 
         The engine keeps the profiler, which costs time: do not time it afterwards.
         """
-        images = self._prepare(images)
-        self._set_batch(len(images))
+        given = self._prepare(images)
+        self._set_batch(len(given))
         profiler = _create_profiler(self._trt)
         self._context.profiler = profiler
         self._context.enqueue_emits_profile = False  # reported below, after each replay
         self.use_cuda_graph(True)
-        self._upload(images)
+        self._upload(given)
         for run in range(runs + 2):  # the first is eager, the second captures
             self._execute()
             self._synchronize()

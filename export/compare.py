@@ -17,6 +17,7 @@ from litezoo.models.errors import CheckFailed, UsageError, require
 from .qdq_lint import DEQUANTIZE, QUANTIZE, GraphIndex
 from .runtime import Array
 from .runtime_onnxruntime import DISABLED_OPTIMIZERS
+from .to_half import emulate_bf16
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -96,7 +97,7 @@ def worst_layers(
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # float16 constants that it does not fold are no news
     session = runtime.InferenceSession(
-        probe.SerializeToString(),
+        emulate_bf16(probe).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=DISABLED_OPTIMIZERS,
@@ -132,7 +133,8 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
     entry = graph.input[0].name
     index = GraphIndex(quantized.graph)
     made = {name for node in graph.node for name in node.output} | {entry}
-    half = any(t.data_type == TensorProto.FLOAT16 for t in quantized.graph.initializer)
+    halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    half = next((t.data_type for t in quantized.graph.initializer if t.data_type in halves), 0)
 
     def prefixed(node: NodeProto, prefix: str, keep: set[str]) -> NodeProto:
         copy = type(node)()
@@ -149,8 +151,13 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
         copy.CopyFrom(tensor)
         copy.name = f"q/{tensor.name}"
         graph.initializer.append(copy)
+    shared = {entry}
+    if (kind := quantized.graph.input[0].type.tensor_type.elem_type) in halves:
+        shared = set()
+        cast = helper.make_node("Cast", [entry], [f"q/{entry}"], f"q/{entry}_node", to=kind)
+        graph.node.append(cast)
     for node in list(quantized.graph.node):
-        graph.node.append(prefixed(node, "q/", {entry}))
+        graph.node.append(prefixed(node, "q/", shared))
 
     names = []
     for node in quantized.graph.node:
@@ -159,7 +166,7 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
         if pair is None or quantize is None or not index.producer(node.input[1], DEQUANTIZE):
             continue
         source = quantize.input[0]
-        if half and source == f"{entry}_fp16":
+        if half and source in (f"{entry}_fp16", f"{entry}_bf16"):
             source = entry
         if node.name not in floats or source not in made:
             raise UsageError(
@@ -174,7 +181,7 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
         if half:
             start = f"{alone}half"
             cast = helper.make_node("Cast", [source], [start], f"{start}_node")
-            cast.attribute.append(helper.make_attribute("to", TensorProto.FLOAT16))
+            cast.attribute.append(helper.make_attribute("to", half))
             graph.node.append(cast)
         values = f"{alone}values"
         graph.node.extend(

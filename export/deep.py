@@ -30,6 +30,7 @@ from .compare import snr_db
 from .parity import TOLERANCE
 from .qdq_lint import DEQUANTIZE, QUANTIZE, GraphIndex
 from .runtime import Array
+from .to_half import emulate_bf16
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -48,12 +49,21 @@ __all__ = [
 
 #: Largest own error of a node: several times what its rounding can do. For int8, values beyond
 #: the calibrated range count, of which images other than the calibration's have some.
-OWN_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.35}
-#: Largest error of a constant: float16's rounding; half a step of 1/127 (of 1/63 with 7 bits).
-CONSTANT_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.0085}
+OWN_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2, "int8": 0.35}
+#: Largest error of a constant: float16's or bfloat16's rounding; half a step of 1/127 (of 1/63 with
+#: 7 bits).
+CONSTANT_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3, "int8": 0.0085}
 #: Largest own error of an engine's node, the typed file's 8-bit values being the reference: those
 #: next to the middle of a step go up instead of down.
-ENGINE_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2, "int8": 2e-2, "int8+bf16": 3e-2}
+ENGINE_TOLERANCE = {
+    "fp32": 1e-4,
+    "fp16": 1e-2,
+    "bf16": 3e-2,
+    "int8": 2e-2,
+    "int8+bf16": 3e-2,
+    "int8-mixed": 2e-2,
+    "int8-mixed+bf16": 3e-2,
+}
 _ALONE = "alone/"
 #: Files that carry no ONNX names.
 _NO_NAMES = "keeps no names of ONNX tensors; only its logits can be compared: litezoo verify"
@@ -183,6 +193,7 @@ def compare_nodes(reference: ModelProto, other: ModelProto, images: Array) -> tu
     """
     if images.ndim != 4 or not len(images):
         raise UsageError(f"images have shape {images.shape}; give (N, C, H, W), N of 1 or more")
+    typed, other = other, emulate_bf16(other)
     wanted, offered = _float_tensors(reference), _float_tensors(other)
     seen = _observed(reference.graph, other.graph, wanted.keys() & offered.keys())
     if not seen:
@@ -205,7 +216,7 @@ def compare_nodes(reference: ModelProto, other: ModelProto, images: Array) -> tu
         for name, place in seen.items():
             all_errors[name].add(got[place], want[name])
             own_errors[name].add(own[_ALONE + place], want[name])
-    return tuple(_rows(reference, all_errors, own_errors, other))
+    return tuple(_rows(reference, all_errors, own_errors, typed))
 
 
 def compare_openvino(
@@ -529,9 +540,11 @@ def _runner(model: ModelProto) -> Callable[[_Values], dict[str, NDArray[Any]]]:
         raise CheckFailed(f"onnxruntime refuses the ONNX file: {first_line(error)}") from error
     model.Clear()  # the session has its own copy
     names = [output.name for output in session.get_outputs()]
+    halves = {entry.name for entry in session.get_inputs() if entry.type == "tensor(float16)"}
 
     def run(inputs: _Values) -> dict[str, NDArray[Any]]:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        given = {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items()}
+        return dict(zip(names, session.run(names, given), strict=True))
 
     return run
 
@@ -598,7 +611,7 @@ def _constants(
                 value = numpy_helper.to_array(tensors[name])
             else:
                 continue
-            if np.issubdtype(value.dtype, np.floating):
+            if np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16":
                 found.setdefault((_name(node), node.op_type), {})[place] = name, value
     return found
 
@@ -664,7 +677,7 @@ def deep_verify(folder: Path, *, module: nn.Module | None = None, most: int = 4)
             skipped["pytorch"] = first_line(error)
         for form, proto in protos.items():
             if form != "fp32":
-                precision = {"int8-fp16": "int8+fp16"}.get(form, form)
+                precision = form.replace("int8-fp16", "int8+fp16").replace("int8-bf16", "int8+bf16")
                 precision = "int8" if precision.startswith("int8-") else precision
                 note(f"onnx {form}", "onnx fp32", precision,
                      compare_nodes(protos["fp32"], proto, images),
@@ -676,9 +689,7 @@ def deep_verify(folder: Path, *, module: nn.Module | None = None, most: int = 4)
 
 def _base(precision: str) -> str:
     """Return the precision whose rounding decides how far a single node may be off."""
-    if precision.startswith("int8"):
-        return "int8"
-    return "fp32" if precision == "fp32" else "fp16"
+    return "int8" if precision.startswith("int8") else precision
 
 
 def _compare_engine(

@@ -49,7 +49,8 @@ def embed_preprocess(model: ModelProto, preprocess: Preprocess) -> ModelProto:
     entry = inputs[0]
     dims = entry.type.tensor_type.shape.dim
     sizes = tuple(dim.dim_value for dim in dims)
-    if len(sizes) != 4 or sizes[1:] != preprocess.input_size:
+    pairs = list(zip(sizes[1:], preprocess.input_size, strict=False))
+    if len(sizes) != 4 or not sizes[1] or any(size not in (0, made) for size, made in pairs):
         wanted = ", ".join(map(str, preprocess.input_size))
         raise UsageError(
             f"the ONNX file takes {entry.name} of shape {sizes} (0: open), but the preprocessing "
@@ -84,8 +85,7 @@ def embed_preprocess(model: ModelProto, preprocess: Preprocess) -> ModelProto:
     nodes = [*first, *graph.node]
     graph.ClearField("node")
     graph.node.extend(nodes)
-    channels, height, width = preprocess.input_size
-    count = dims[0].dim_param or dims[0].dim_value or None
+    count, channels, height, width = (dim.dim_param or dim.dim_value or None for dim in dims)
     bytes_in = helper.make_tensor_value_info(
         IMAGES, TensorProto.UINT8, (count, height, width, channels)
     )

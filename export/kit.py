@@ -26,6 +26,7 @@ from . import build_engine
 from .build_engine import BuildOptions, Settings, trtexec_command
 from .runtime import Array
 from .runtime_tensorrt import create_settings, read_signature
+from .to_half import IoType, emulate_bf16, read_io
 from .triton import platform_config
 
 __all__ = ["write_kit"]
@@ -46,7 +47,7 @@ def write_kit(
 ) -> tuple[Path, ...]:
     """Write a build kit into an existing folder and return all its files.
 
-    `onnx_files` maps a precision (fp32, fp16, int8+fp16, int8) to its typed ONNX file; `logits`
+    `onnx_files` maps a precision (those of `build_engine.FORMS`) to its typed ONNX file; `logits`
     (N, classes) are what the fp32 model gives for the preprocessed `inputs` (N, C, H, W). What an
     int8 file gives for them is computed here by ONNX Runtime: its engine is compared with that.
     `triton` adds what `build_engine.py --triton` needs to lay out a Triton model repository.
@@ -90,6 +91,7 @@ def write_kit(
             contents[configs[precision]] = platform_config(
                 name, device=device, platform="tensorrt_plan", input_name=input_name,
                 output_name=output_name, image_shape=found[2], classes=logits.shape[1],
+                io=_io_of(file),
             ).encode()  # fmt: skip
     arrays = io.BytesIO()
     np.savez(arrays, allow_pickle=False, **expected)
@@ -116,18 +118,30 @@ def write_kit(
     return tuple(folder / name for name in (*contents, "kit.json"))
 
 
+def _io_of(file: Path) -> IoType:
+    """Return the type that a file takes and gives."""
+    onnx = require("onnx", purpose="writing a build kit", extra="export")
+    return read_io(onnx.load(file))
+
+
 def _logits_of(file: Path, inputs: Array, *, like: Array) -> Array:
     """Return what a typed file means: its logits by ONNX Runtime, node by node as written.
 
     Optimized, ONNX Runtime 1.32 gives for mobilenetv2_035 in int8 with fp16 parts logits that are
     wrong by more than the largest of them; unoptimized it agrees with OpenVINO to 0.3 %.
     """
+    onnx = require("onnx", purpose="writing an int8 build kit", extra="export")
     onnxruntime = require("onnxruntime", purpose="writing an int8 build kit", extra="export")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    name, images = session.get_inputs()[0].name, inputs.astype(np.float32)
-    rows = [session.run(None, {name: images[i : i + 1]})[0] for i in range(len(images))]
+    session = onnxruntime.InferenceSession(
+        emulate_bf16(onnx.load(file)).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    entry = session.get_inputs()[0]
+    images = inputs.astype(np.float16 if entry.type == "tensor(float16)" else np.float32)
+    rows = [session.run(None, {entry.name: images[i : i + 1]})[0] for i in range(len(images))]
     found: Array = np.concatenate(rows).astype(np.float32)
     if found.shape != like.shape or not np.isfinite(found).all():
         raise CheckFailed(
@@ -192,8 +206,8 @@ There, in this folder:
 
 It checks this folder's files and the machine. Then, for each ONNX file, it builds the engine, runs
 the inputs of `expected.npz` ({first.channels} x {first.height} x {first.width}) through it and
-compares the logits: of fp32 and fp16 with the float network's, of int8 with what ONNX Runtime makes
-of the same file. It keeps the engine only if they agree, and times it at the batch sizes
+compares the logits: of fp32, fp16 and bf16 with the float network's, of int8 with what ONNX Runtime
+makes of the same file. It keeps the engine only if they agree, and times it at the batch sizes
 {first.batch_min}, {first.batch_opt} and {first.batch_max}, with a CUDA graph and without.
 
 {models}

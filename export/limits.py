@@ -170,6 +170,13 @@ class _Shuffle:
     shape: tuple[int | str | None, ...]  # (N, C, H, W)
 
 
+def _may_be(sizes: tuple[int | str | None, ...], others: tuple[int | str | None, ...]) -> bool:
+    """Return whether two shapes can be the same; an open size can be any."""
+    known = [(a, b) for a, b in zip(sizes, others, strict=False) if isinstance(a, int)]
+    same = all(a == b for a, b in known if isinstance(b, int))
+    return len(sizes) == len(others) and same
+
+
 def _shuffles(graph: _Graph, *, rank: int) -> list[_Shuffle]:
     """Return the channel shuffles through a tensor of `rank` (4 or 5) dimensions."""
     found = []
@@ -187,7 +194,8 @@ def _shuffles(graph: _Graph, *, rank: int) -> list[_Shuffle]:
         groups, width, channels = middle[1], middle[2], before[1]
         if not (isinstance(groups, int) and isinstance(width, int) and groups * width == channels):
             continue
-        if before[1:] == after[1:] and (rank == 4 or middle[3:] == before[2:]):
+        is_image = rank == 4 or _may_be(middle[3:], before[2:])
+        if after[1:2] == (channels,) and _may_be(before[2:], after[2:]) and is_image:
             shuffle = _Shuffle(
                 first=first, transpose=node, last=users[0], groups=groups, shape=before
             )

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "SIDE_MIN",
+    "SIDE_STEP",
     "Array",
     "BuildSource",
     "Objective",
     "Runtime",
     "Session",
+    "check_size",
     "get_runtime",
     "list_runtimes",
 ]
@@ -37,21 +40,43 @@ Array = NDArray[np.float32]
 #: What an engine is tuned for: one batch soonest, or most images per second.
 Objective = Literal["latency", "throughput"]
 
+#: Sides, in pixels, of the images that an engine of open resolution takes: multiples of the zoo's
+#: total stride, from the size on at which no feature map is a single pixel.
+SIDE_STEP, SIDE_MIN = 32, 64
+
+
+def check_size(height: int, width: int, what: str) -> None:
+    """Refuse a size that no open resolution takes: a UsageError that begins with `what` it is of.
+
+    >>> check_size(200, 320, "images are")
+    Traceback (most recent call last):
+    litezoo.models.errors.UsageError: images are 200x320 pixels; an open resolution takes sides \
+that are multiples of 32, from 64 on
+    """
+    if min(height, width) < SIDE_MIN or height % SIDE_STEP or width % SIDE_STEP:
+        raise UsageError(
+            f"{what} {height}x{width} pixels; an open resolution takes sides that are "
+            f"multiples of {SIDE_STEP}, from {SIDE_MIN} on"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSource:
     """What engines are built from.
 
-    `onnx` maps a form of the graph (fp32, fp16, int8, int8-fp16, int8-u8s8) to its typed file;
+    `onnx` maps a form of the graph (fp32, fp16, bf16, int8, int8-fp16, int8-u8s8...) to its file;
     `module` is the same network in PyTorch (deploy form, float32, eval mode), where it is at hand;
     `images` (N, C, H, W) are preprocessed examples, `calibration` more of them, for toolkits that
-    quantize by themselves.
+    quantize by themselves. With `open_resolution` the files leave the image's height and width open
+    and the engines have to take every size of `check_size`; a runtime that has no such engines
+    says why in an attribute `one_size`.
     """
 
     onnx: Mapping[str, Path]
     module: nn.Module | None = None
     images: Array | None = None
     calibration: Array | None = None
+    open_resolution: bool = False
 
     def file(self, form: str) -> Path:
         """Return the typed file of a form; UsageError where it was not made."""

@@ -49,7 +49,7 @@ _LAST_LINES = 5
 
 
 class _Session:
-    """A network in memory; `shape` is its (C, H, W)."""
+    """A network in memory; `shape` is its (C, H, W), H and W being 0 where they are open."""
 
     def __init__(self, net: Any, shape: tuple[int, int, int]) -> None:
         self._net = net
@@ -61,9 +61,10 @@ class _Session:
 
         UsageError for another shape than (N, C, H, W) of the network and in a forked process.
         """
-        if batch.shape[1:] != self._shape or not len(batch):
-            wanted = ", ".join(str(size) for size in self._shape)
-            raise UsageError(f"the ncnn engine takes (N, {wanted}), not {batch.shape}")
+        wanted = self._shape if self._shape[1] else (self._shape[0], *batch.shape[2:])
+        if batch.ndim != 4 or batch.shape[1:] != wanted or not len(batch):
+            sizes = ", ".join(str(size or "any") for size in self._shape)
+            raise UsageError(f"the ncnn engine takes (N, {sizes}), not {batch.shape}")
         if os.getpid() != self._process:
             raise UsageError(
                 "an ncnn engine cannot be used in a forked process; start it with the 'spawn' "
@@ -143,8 +144,17 @@ def _with_shape(param: str, shape: tuple[int, int, int]) -> str:
     return sized
 
 
+def _baked_layers(param: str) -> list[str]:
+    """Return the reshapes to an image size that pnnx wrote down: (H * W, ...) of channel shuffles.
+
+    At another size their output is wrong without an error. Reshaping to a vector is free of it.
+    """
+    layers = [line.split() for line in param.splitlines()[2:] if line.startswith("Reshape ")]
+    return [words[1] for words in layers if any(word.startswith("1=") for word in words)]
+
+
 def _read_shape(file: Path) -> tuple[int, int, int]:
-    """Return (C, H, W) from a .param that `build` wrote."""
+    """Return (C, H, W) from a .param that `build` wrote; H and W are 0 where they are open."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -214,14 +224,26 @@ class Ncnn:
         if (reason := self.missing(device)) is not None:
             raise MissingError(reason)
         onnx_file = source.file("fp32")
-        _, _, shape = read_signature(onnx_file)
+        if source.open_resolution:
+            if source.images is None:
+                raise UsageError("pnnx needs an example's size; build from a source with images")
+            channels, height, width = source.images.shape[1:]
+            shape, kept = (channels, height, width), (channels, 0, 0)
+        else:
+            _, _, shape = read_signature(onnx_file)
+            kept = shape
         param, weights = _convert(onnx_file, shape=shape, half=precision == "fp16")
         if foreign := _foreign_layers(param):
             raise CheckFailed(
                 f"ncnn has no layer for {', '.join(foreign)} of {onnx_file}; take another variant"
             )
+        if source.open_resolution and (baked := _baked_layers(param)):
+            raise CheckFailed(
+                f"pnnx writes the image size into {len(baked)} reshapes of {onnx_file.name} "
+                f"({baked[0]} first), so ncnn's file takes one size only"
+            )
         file = folder / f"ncnn.{precision}.param"
-        write_whole(file, _with_shape(param, shape))
+        write_whole(file, _with_shape(param, kept))
         return file, write_whole(file.with_suffix(".bin"), weights)
 
     def load(

@@ -1,4 +1,8 @@
-"""ONNX Runtime on the CPU: loads the typed ONNX file as it is."""
+"""ONNX Runtime on the CPU: loads the typed ONNX file as it is.
+
+Only bfloat16 files, which no engine of this runtime is built from, are loaded in float32 with their
+roundings, so that what is in them can be verified where no such kernel is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from litezoo.models.errors import CheckFailed, MissingError
+from litezoo.models.errors import CheckFailed, MissingError, require
 from litezoo.recipes.devices import Device
 
 from .runtime import Array, BuildSource, Objective, Session
@@ -27,9 +31,11 @@ class _Session:
     def __init__(self, session: Any) -> None:
         self.session = session
         self.input = session.get_inputs()[0].name
+        self.is_half = session.get_inputs()[0].type == "tensor(float16)"
 
     def run(self, batch: Array) -> Array:
-        logits: Array = np.asarray(self.session.run(None, {self.input: batch})[0])
+        given = batch.astype(np.float16) if self.is_half else batch
+        logits: Array = np.asarray(self.session.run(None, {self.input: given})[0], np.float32)
         return logits
 
 
@@ -74,7 +80,10 @@ class OnnxRuntime:
         threads: int | None = None,
         objective: Objective = "latency",
     ) -> Session:
-        """Load the ONNX file; `objective` changes nothing here."""
+        """Load the ONNX file; `objective` changes nothing here.
+
+        `precision` may be a form of file that is not among `precisions`, to verify it.
+        """
         if (reason := self.missing(device)) is not None:
             raise MissingError(reason)
         import onnxruntime
@@ -83,9 +92,11 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads or os.cpu_count() or 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if is_bf16 := precision.endswith("bf16"):
+            require("onnx", purpose="verifying a bf16 file", extra="export")
         try:
             session = onnxruntime.InferenceSession(
-                str(files[0]),
+                _emulated(files[0]) if is_bf16 else str(files[0]),
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=DISABLED_OPTIMIZERS,
@@ -93,6 +104,15 @@ class OnnxRuntime:
         except Exception as error:
             raise CheckFailed(f"onnxruntime refuses {files[0]}: {error}") from error
         return _Session(session)
+
+
+def _emulated(file: Path) -> bytes:
+    import onnx
+
+    from .to_half import emulate_bf16
+
+    content: bytes = emulate_bf16(onnx.load(file)).SerializeToString()
+    return content
 
 
 RUNTIME = OnnxRuntime()

@@ -7,6 +7,7 @@ always set: without one a CPU with bf16 runs float32 files in bf16.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +23,8 @@ from litezoo.recipes.devices import Device
 from .runtime import Array, BuildSource, Objective, Session
 
 __all__ = ["RUNTIME", "one_core"]
+
+_PROFILE_S, _PROFILE_RUNS = 0.5, 10
 
 
 @cache
@@ -42,8 +45,9 @@ class _Session:
         self.request = compiled.create_infer_request()
 
     def run(self, batch: Array) -> Array:
+        # where the file takes float16, infer converts
         result = self.request.infer({0: batch}, share_inputs=True)
-        logits: Array = np.array(result[0], copy=True)
+        logits: Array = np.array(result[0], np.float32, copy=True)
         return logits
 
 
@@ -57,6 +61,8 @@ class OpenVino:
         "bf16": "fp32",
         "int8": "int8-u8",
         "int8+bf16": "int8-u8",
+        "int8-mixed": "int8-u8-mixed",
+        "int8-mixed+bf16": "int8-u8-mixed-bf16",
     }
 
     def missing(self, device: Device) -> str | None:
@@ -96,6 +102,47 @@ class OpenVino:
         objective: Objective = "latency",
     ) -> Session:
         """Load and compile for this CPU; MissingError where it has no bf16 and `precision` has."""
+        compiled = self._compile(files, device, precision, threads, objective)
+        return _Session(compiled)
+
+    def layer_ms(
+        self,
+        files: Sequence[Path],
+        batch: Array,
+        *,
+        device: Device,
+        precision: str,
+        threads: int | None = None,
+        objective: Objective = "latency",
+    ) -> dict[str, float]:
+        """Return the least time in ms of every layer over runs of a batch (N, C, H, W).
+
+        The names are those of the ONNX nodes; a layer's time holds what is fused into it.
+        """
+        compiled = self._compile(files, device, precision, threads, objective, profile=True)
+        request = compiled.create_infer_request()
+        least: dict[str, float] = {}
+        end, runs = time.perf_counter() + _PROFILE_S, 0
+        while runs < _PROFILE_RUNS or time.perf_counter() < end:
+            request.infer({0: batch}, share_inputs=True)
+            runs += 1
+            for layer in request.get_profiling_info():
+                name = layer.node_name.removesuffix("/WithoutBiases")
+                ms = 1e3 * layer.real_time.total_seconds()
+                if ms > 0:
+                    least[name] = min(ms, least.get(name, ms))
+        return least
+
+    def _compile(
+        self,
+        files: Sequence[Path],
+        device: Device,
+        precision: str,
+        threads: int | None,
+        objective: Objective,
+        *,
+        profile: bool = False,
+    ) -> Any:
         if (reason := self.missing(device)) is not None:
             raise MissingError(reason)
         half = precision.endswith("bf16")
@@ -107,10 +154,10 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
             "PERFORMANCE_HINT": objective.upper(),
+            "PERF_COUNT": profile,
         }
         try:
-            model = one_core().read_model(files[0])
-            return _Session(one_core().compile_model(model, "CPU", settings))
+            return one_core().compile_model(one_core().read_model(files[0]), "CPU", settings)
         except Exception as error:
             raise CheckFailed(f"openvino refuses {files[0]}: {error}") from error
 

@@ -39,7 +39,8 @@ from litezoo.models.errors import CheckFailed, MissingError, UsageError, first_l
 from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device
 
-from .runtime import Array, BuildSource, Objective, Session
+from .runtime import Array, BuildSource, Objective, Session, check_size
+from .to_onnx import open_axes
 
 __all__ = ["RUNTIME", "PyTorch", "eager_session"]
 
@@ -110,7 +111,7 @@ class _CpuSession:
     def run(self, batch: Array) -> Array:
         """Return the logits (N, classes)."""
         images = torch.from_numpy(np.ascontiguousarray(batch, dtype=np.float32))
-        with _threads(self._threads), torch.no_grad():
+        with _threads(self._threads), torch.inference_mode():
             logits: Array = self._call(images).numpy()
         return logits
 
@@ -171,7 +172,8 @@ class _GraphSession:
 class _PackageSession:
     """A package's session that takes any batch of its image size, in parts that it was built for.
 
-    AOTInductor checks no shapes: another one would be read as if it were right.
+    In `shape` (C, H, W) H and W are 0 where they are open. AOTInductor checks no shapes: another
+    one would be read as if it were right.
     """
 
     def __init__(self, session: Session, *, shape: tuple[int, ...], largest: int) -> None:
@@ -181,9 +183,12 @@ class _PackageSession:
 
     def run(self, batch: Array) -> Array:
         """Return the logits (N, classes); UsageError for another image size or no image."""
-        if batch.shape[1:] != self._shape or not len(batch):
-            wanted = ", ".join(str(size) for size in self._shape)
-            raise UsageError(f"the pytorch engine takes (N, {wanted}), not {batch.shape}")
+        wanted = self._shape if self._shape[1] else (self._shape[0], *batch.shape[2:])
+        if batch.ndim != 4 or batch.shape[1:] != wanted or not len(batch):
+            sizes = ", ".join(str(size or "any") for size in self._shape)
+            raise UsageError(f"the pytorch engine takes (N, {sizes}), not {batch.shape}")
+        if not self._shape[1]:
+            check_size(batch.shape[2], batch.shape[3], "images are")
         parts = range(0, len(batch), self._largest)
         return np.concatenate(
             [self._session.run(batch[start : start + self._largest]) for start in parts]
@@ -309,25 +314,29 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _package(network: nn.Module, images: Tensor, *, largest: int, file: Path) -> bytes:
+def _package(
+    network: nn.Module, images: Tensor, *, largest: int, open_resolution: bool, file: Path
+) -> bytes:
     """Return the package of a network for batches of 1 to `largest`.
 
-    `images` (N, C, H, W) is the batch it is tuned for. Freezing works only without gradients: with
+    `images` (N, C, H, W) is the batch it is tuned for, the only size unless `open_resolution`.
+    Freezing works only without gradients: with
     them inductor skips it, silently.
     """
     on_gpu = images.device.type == "cuda"
+    shape = (images.shape[1], 0, 0) if open_resolution else images.shape[1:]
     settings: dict[str, Any] = {
         "freezing": not on_gpu,
         "cpp.dynamic_threads": True,  # as many as load asks for, not as the builder had
         "aot_inductor.metadata": {
             "LITEZOO_BATCH_MAX": str(largest),
-            "LITEZOO_SHAPE": ",".join(str(size) for size in images.shape[1:]),
+            "LITEZOO_SHAPE": ",".join(str(size) for size in shape),
         },
     }
-    sizes = ({0: torch.export.Dim("batch", min=1, max=largest)},) if largest > 1 else None
+    axes = open_axes(largest, dynamic_resolution=open_resolution)
     exact = _exact_convolutions() if on_gpu else nullcontext()
     with _quiet(), torch.no_grad(), exact:
-        program = torch.export.export(network, (images,), dynamic_shapes=sizes)
+        program = torch.export.export(network, (images,), dynamic_shapes=(axes,))
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(file), inductor_configs=settings
         )
@@ -421,6 +430,7 @@ class PyTorch:
                     network.to(place),
                     torch.zeros(shape, device=place),
                     largest=device.batch.max,
+                    open_resolution=source.open_resolution,
                     file=Path(scratch) / name,
                 )
         except Exception as error:  # whatever torch's compiler stumbles over

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from litezoo.models.errors import CheckFailed, LitezooError, MissingError, UsageError, require
 from litezoo.models.files import write_whole
@@ -171,6 +172,7 @@ class TensorRT:
 
     options: BuildOptions = field(default_factory=BuildOptions)
     timing_cache: Path | None = None
+    one_size: ClassVar[str] = "runtime 'tensorrt' builds its engines and kits for one image size"
 
     @property
     def name(self) -> str:
@@ -179,7 +181,7 @@ class TensorRT:
 
     @property
     def precisions(self) -> Mapping[str, str | None]:
-        """Return the form of ONNX file of each precision; a typed bf16 form there is not."""
+        """Return the form of ONNX file of each precision."""
         return dict(build_engine.FORMS)
 
     def missing(self, device: Device) -> str | None:

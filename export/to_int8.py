@@ -3,7 +3,7 @@
 Three forms, because no file is right for all runtimes:
 
 - `int8`, for TensorRT: symmetric int8 everywhere, pairs where TensorRT fuses them (the rules of
-  `qdq_lint`), biases in float. Its float16 twin `int8-fp16` is `to_fp16` of it.
+  `qdq_lint`), biases in float. `to_half` makes its 16-bit twins, `int8-fp16` and `int8-bf16`.
 - `int8-u8`, for OpenVINO: the same places, but uint8 activations with a zero point. It runs the
   int8 form's convolutions in 8 bits too, but of symmetric int8 that goes through a Concat it keeps
   about 5 bits (OpenVINO 2026.4).

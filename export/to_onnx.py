@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch import nn
 from litezoo.models.errors import CheckFailed, require
 
 from .parity import Parity, check_parity
-from .runtime import Array
+from .runtime import SIDE_MIN, SIDE_STEP, Array
 from .runtime_onnxruntime import DISABLED_OPTIMIZERS
+from .to_half import emulate_bf16
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["INPUT", "OPSET", "OUTPUT", "export_onnx", "load_onnx", "simplify_onnx"]
+__all__ = ["INPUT", "OPSET", "OUTPUT", "export_onnx", "load_onnx", "open_axes", "simplify_onnx"]
 
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
@@ -41,10 +42,31 @@ def _silence() -> Iterator[None]:
             logging.getLogger("torch.onnx").setLevel(level)
 
 
-def export_onnx(model: nn.Module, images: Array, *, metadata: Mapping[str, str]) -> ModelProto:
+def open_axes(largest: int | None = None, *, dynamic_resolution: bool) -> dict[int, Any]:
+    """Return torch.export's names of the open axes of (N, C, H, W); N goes up to `largest` (not 1).
+
+    Height and width are written as 32 times a number from 2 on (`runtime.check_size`): torch then
+    has nothing to prove about rounding, as where branches of a block halve a side in two ways.
+    """
+    dim = torch.export.Dim
+    axes: dict[int, Any] = {} if largest == 1 else {0: dim("batch", min=1, max=largest)}
+    if dynamic_resolution:
+        for axis, name in ((2, "height"), (3, "width")):
+            axes[axis] = SIDE_STEP * dim(f"{name}_steps", min=SIDE_MIN // SIDE_STEP)
+    return axes
+
+
+def export_onnx(
+    model: nn.Module,
+    images: Array,
+    *,
+    metadata: Mapping[str, str],
+    dynamic_resolution: bool = False,
+) -> ModelProto:
     """Return the ONNX form of `model` (eval mode): (batch, C, H, W) to (batch, classes).
 
-    `images` is an example batch of two or more; `metadata` goes into the file's properties.
+    `images` is an example batch of two or more; `metadata` goes into the file's properties. With
+    `dynamic_resolution` height and width are open as well: axes "batch", "height" and "width".
     """
     require("onnx", purpose="export", extra="export")
     require("onnxscript", purpose="export", extra="export")
@@ -56,7 +78,7 @@ def export_onnx(model: nn.Module, images: Array, *, metadata: Mapping[str, str])
             opset_version=OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes=(open_axes(dynamic_resolution=dynamic_resolution),),
             verbose=False,
         )
     assert program is not None
@@ -64,6 +86,11 @@ def export_onnx(model: nn.Module, images: Array, *, metadata: Mapping[str, str])
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     if versions.get("") != OPSET:
         raise CheckFailed(f"the exporter wrote opset {versions.get('')} instead of {OPSET}")
+    if dynamic_resolution:
+        proto.graph.ClearField("value_info")  # in height_steps and width_steps; inferred anew
+        sides = proto.graph.input[0].type.tensor_type.shape.dim[2:]
+        for side, name in zip(sides, ("height", "width"), strict=True):
+            side.dim_param = name
     return _finish(proto, metadata)
 
 
@@ -85,20 +112,26 @@ def _finish(proto: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
 
 
 def load_onnx(proto: ModelProto) -> Callable[[Array], Array]:
-    """Return an ONNX model in memory as a function, run by ONNX Runtime on the CPU."""
+    """Return an ONNX model in memory as a function, run by ONNX Runtime on the CPU.
+
+    A bfloat16 model runs in float32 with its roundings. The function takes float32 and gives
+    float32 (N, classes), whatever 16-bit float the model's own input and output may be.
+    """
     runtime = require("onnxruntime", purpose="checking ONNX files", extra="export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(
-        proto.SerializeToString(),
+        emulate_bf16(proto).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=DISABLED_OPTIMIZERS,
     )
-    name = session.get_inputs()[0].name
+    entry = session.get_inputs()[0]
+    is_half = entry.type == "tensor(float16)"
 
     def run(images: Array) -> Array:
-        logits: Array = np.asarray(session.run(None, {name: images})[0])
+        given = images.astype(np.float16) if is_half else images
+        logits: Array = np.asarray(session.run(None, {entry.name: given})[0], np.float32)
         return logits
 
     return run

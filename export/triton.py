@@ -13,16 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from litezoo.models.errors import UsageError
+from litezoo.models.errors import UsageError, unknown_name
 from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device
 
 from . import build_engine
+from .to_half import IoType
 
 __all__ = ["Platform", "platform_config", "write_triton"]
 
 #: What the server runs the file with.
 Platform = Literal["tensorrt_plan", "onnxruntime_onnx"]
+#: The type of the file's input and output in Triton's words.
+_TYPES: dict[IoType, str] = {"fp32": "TYPE_FP32", "fp16": "TYPE_FP16", "bf16": "TYPE_BF16"}
 LABELS = "labels.txt"
 VERSION = "1"
 
@@ -36,6 +39,7 @@ def platform_config(
     output_name: str,
     image_shape: tuple[int, int, int],
     classes: int,
+    io: IoType = "fp32",
     queue_delay_us: int = 100,
     instances: int = 1,
     has_labels: bool = False,
@@ -43,8 +47,9 @@ def platform_config(
     """Return config.pbtxt without the names of plans.
 
     Batches are the device's; a request waits at most `queue_delay_us` microseconds for others.
-    `image_shape` is (C, H, W). Each of `instances` holds the engine once. UsageError for numbers
-    that Triton has no use for, and where the device's smallest batch is not 1.
+    `image_shape` is (C, H, W), `io` the type of the file's input and output (`to_half.read_io`).
+    Each of `instances` holds the engine once. UsageError for what Triton has no use for, and where
+    the device's smallest batch is not 1.
     """
     _check_name(model)
     batch = device.batch
@@ -58,7 +63,9 @@ def platform_config(
             f"Triton needs sizes, classes and instances of 1 or more and a delay of 0 or more, not "
             f"{image_shape}, {classes}, {instances} and {queue_delay_us}"
         )
-    name, dims = _quoted(input_name), ", ".join(map(str, image_shape))
+    if io not in _TYPES:
+        raise unknown_name("type of input and output", io, list(_TYPES))
+    name, dims, kind_of_data = _quoted(input_name), ", ".join(map(str, image_shape)), _TYPES[io]
     labels = f"\n    label_filename: {_quoted(LABELS)}" if has_labels else ""
     sizes = sorted({batch.opt, batch.max})
     kind = "KIND_GPU" if device.kind == "gpu" else "KIND_CPU"
@@ -69,14 +76,14 @@ max_batch_size: {batch.max}
 input [
   {{
     name: {name}
-    data_type: TYPE_FP32
+    data_type: {kind_of_data}
     dims: [ {dims} ]
   }}
 ]
 output [
   {{
     name: {_quoted(output_name)}
-    data_type: TYPE_FP32
+    data_type: {kind_of_data}
     dims: [ {classes} ]{labels}
   }}
 ]
@@ -113,7 +120,7 @@ instance_group [
     batch_size: {size}
     inputs {{
       key: {name}
-      value {{ data_type: TYPE_FP32 dims: [ {dims} ] zero_data: true }}
+      value {{ data_type: {kind_of_data} dims: [ {dims} ] zero_data: true }}
     }}
   }}
 ]"""
@@ -133,15 +140,16 @@ def write_triton(
     output_name: str,
     image_shape: tuple[int, int, int],
     classes: int,
+    io: IoType = "fp32",
     labels: Sequence[str] = (),
     queue_delay_us: int = 100,
     instances: int = 1,
 ) -> tuple[Path, ...]:
     """Write `folder`/<model>/ for Triton and return its files.
 
-    Either `plans`, by compute capability ("7.5"), or one `onnx_file`. `labels` are the names of the
-    classes, if known. UsageError for plans that one server cannot have together, or that are of
-    another GPU than said.
+    Either `plans`, by compute capability ("7.5"), or one `onnx_file`; `io` is the type of their
+    input and output. `labels` are the names of the classes, if known. UsageError for plans that one
+    server cannot have together, or that are of another GPU than said.
     """
     if (not plans) == (onnx_file is None):
         raise UsageError("Triton serves either plans={'7.5': file} or one onnx_file; give one")
@@ -153,7 +161,7 @@ def write_triton(
     config = platform_config(
         model, device=device, platform="tensorrt_plan" if plans else "onnxruntime_onnx",
         input_name=input_name, output_name=output_name, image_shape=image_shape, classes=classes,
-        queue_delay_us=queue_delay_us, instances=instances, has_labels=bool(labels),
+        io=io, queue_delay_us=queue_delay_us, instances=instances, has_labels=bool(labels),
     )  # fmt: skip
     if onnx_file is not None:
         files = {"model.onnx": onnx_file}

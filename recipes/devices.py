@@ -29,7 +29,7 @@ _HERE = Path(__file__).parent / "devices"
 _KINDS = ("cpu", "gpu", "npu")
 _DTYPES = ("fp32", "tf32", "bf16", "fp16", "int8")
 #: What an engine computes in; int8 with a second name says what its float parts are.
-_PRECISIONS = (*_DTYPES, "int8+fp16", "int8+bf16")
+_PRECISIONS = (*_DTYPES, "int8+fp16", "int8+bf16", "int8-mixed", "int8-mixed+bf16")
 _QUANTIZATIONS = ("per-tensor", "per-channel")
 #: What a limit can name beside an ONNX operator: a group of nodes, however it is written.
 PATTERNS: Mapping[str, str] = MappingProxyType(

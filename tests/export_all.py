@@ -91,9 +91,9 @@ def export_one(name):
     import torch
 
     from litezoo.export.compare import compare_logits
-    from litezoo.export.exporter import load_source
     from litezoo.export.parity import TOLERANCE, check_batches, check_parity
     from litezoo.export.runtime import BuildSource, get_runtime
+    from litezoo.export.source import load_source
     from litezoo.export.to_onnx import export_onnx, simplify_onnx
     from litezoo.models.fuse import fuse, graph_form
     from litezoo.recipes.devices import get_device
@@ -159,14 +159,14 @@ def export_one(name):
 def typed(fp32, form, images, calibration):
     """Return the float32 model in a form, as export makes it."""
     from litezoo.export.qdq_lint import check_lint
-    from litezoo.export.to_fp16 import check_fp16_range, to_fp16
+    from litezoo.export.to_half import check_fp16_range, to_half
     from litezoo.export.to_int8 import quantize
 
     if form == "fp32":
         return fp32
     if form == "fp16":
         check_fp16_range(fp32, images)
-        return to_fp16(fp32)
+        return to_half(fp32, "fp16")
     proto = quantize(fp32, calibration, form=form)
     if form == "int8":
         check_lint(proto)

@@ -10,7 +10,7 @@ from filelock import FileLock
 from test_data import write_folder
 from test_train import litezoo, tiny_model, tiny_run
 
-from litezoo.export import exporter
+from litezoo.export import exporter, typed
 from litezoo.export.artifact import read_artifact, signed_json, verify
 from litezoo.export.calibration import LEAST, choose_calibration
 from litezoo.export.exporter import export
@@ -56,7 +56,7 @@ def no_builds(monkeypatch):
     def build(*_args, **_options):
         raise AssertionError("it was built again")
 
-    monkeypatch.setattr(exporter, "export_onnx", build)
+    monkeypatch.setattr(typed, "export_onnx", build)
 
 
 # ----------------------------------------------------------------------- candidates

@@ -26,7 +26,7 @@ from litezoo.export.deep import (
 )
 from litezoo.export.parity import TOLERANCE, Parity
 from litezoo.export.runtime import BuildSource, get_runtime
-from litezoo.export.to_fp16 import to_fp16
+from litezoo.export.to_half import HALVES, to_half
 from litezoo.export.to_int8 import quantize
 from litezoo.export.to_onnx import export_onnx
 from litezoo.models.catalogue import Preprocess
@@ -51,8 +51,8 @@ def network():
 def file(form):
     if form == "fp32":
         return export_onnx(network(), IMAGES[:2], metadata={})
-    if form in ("fp16", "int8-fp16"):
-        return to_fp16(file("fp32" if form == "fp16" else "int8"))
+    if form.endswith(HALVES):
+        return to_half(file("int8" if form.startswith("int8") else "fp32"), form[-4:])
     return quantize(file("fp32"), IMAGES, form=form)
 
 
@@ -95,7 +95,9 @@ def engine(proto, precision, folder):
     )  # fmt: skip
 
 
-forms = pytest.mark.parametrize("form", ["fp16", "int8", "int8-u8s8", "int8-fp16"])
+forms = pytest.mark.parametrize(
+    "form", ["fp16", "bf16", "int8", "int8-u8s8", "int8-fp16", "int8-bf16"]
+)
 
 
 @forms

@@ -13,7 +13,7 @@ from onnx.parser import parse_model
 from test_models import small
 
 from litezoo.export.embed import EMBEDDED, IMAGES, embed_preprocess
-from litezoo.export.to_fp16 import to_fp16
+from litezoo.export.to_half import HALVES, to_half
 from litezoo.export.to_int8 import quantize
 from litezoo.export.to_onnx import export_onnx, load_onnx
 from litezoo.models.catalogue import Preprocess
@@ -41,8 +41,8 @@ def float_file():
 def file(form):
     if form == "fp32":
         return float_file()
-    if form in ("fp16", "int8-fp16"):
-        return to_fp16(file("fp32" if form == "fp16" else "int8"))
+    if form.endswith(HALVES):
+        return to_half(file("int8" if form.startswith("int8") else "fp32"), form[-4:])
     return quantize(float_file(), normalised(BYTES), form=form)
 
 
@@ -60,10 +60,12 @@ def run_openvino(proto, images):
 
 
 RUN = {"ort": lambda proto, images: load_onnx(proto)(images), "openvino": run_openvino}
-every_form = pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int8-u8s8", "int8-fp16"])
+every_form = pytest.mark.parametrize(
+    "form", ["fp32", "fp16", "bf16", "int8", "int8-u8s8", "int8-fp16"]
+)
 #: The input is the same to its last bit but one (below), of which 22 layers make more;
 #: 16-bit and 8-bit files may round to another step.
-BOUNDS = {"fp32": 1e-5, "fp16": 2e-3}
+BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])

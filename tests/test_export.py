@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import write_folder
 from test_train import SHORT, digits_top1, litezoo, read_plain, tiny_model, tiny_run
 
-from litezoo.export import exporter, runtime_ncnn, runtime_onnxruntime, runtime_openvino
+from litezoo.export import exporter, runtime_ncnn, runtime_onnxruntime, runtime_openvino, typed
 from litezoo.export.artifact import (
     Artifact,
     default_folder,
@@ -26,11 +26,12 @@ from litezoo.export.artifact import (
     signed_json,
     verify,
 )
-from litezoo.export.exporter import choose_source, export
+from litezoo.export.exporter import export
 from litezoo.export.parity import BATCHES, Parity
 from litezoo.export.runtime import BuildSource, get_runtime
 from litezoo.export.runtime_openvino import OpenVino
-from litezoo.export.to_fp16 import activation_maxima, check_fp16_range, to_fp16
+from litezoo.export.source import choose_source
+from litezoo.export.to_half import activation_maxima, check_fp16_range, to_half
 from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
 from litezoo.models.files import file_sha256
@@ -98,7 +99,7 @@ def copy(for_cpu, tmp_path):
 def quick(for_cpu, monkeypatch):
     """Take the network's ONNX form from its artifact; torch's exporter needs half the time."""
     proto = onnx.load(for_cpu / "model.fp32.onnx")
-    monkeypatch.setattr(exporter, "export_onnx", lambda *_, **__: proto)
+    monkeypatch.setattr(typed, "export_onnx", lambda *_, **__: proto)
 
 
 def files_of(folder):
@@ -364,7 +365,7 @@ def test_the_fp16_file_gives_close_logits(for_t4, best):
 
 def test_typing_leaves_the_float32_model_as_it_was(fp32):
     before = fp32.SerializeToString()
-    to_fp16(fp32)
+    to_half(fp32, "fp16")
     assert fp32.SerializeToString() == before
 
 
@@ -383,7 +384,7 @@ def scaled(proto, factor):
 def test_a_weight_beyond_float16_is_refused_by_name(fp32):
     model, name = scaled(fp32, 1e6)
     with pytest.raises(CheckFailed) as caught:
-        to_fp16(model)
+        to_half(model, "fp16")
     assert str(caught.value).startswith(f"the weight {name} reaches ")
     assert str(caught.value).endswith(", beyond float16's 65504; export fp32 instead")
 
@@ -606,8 +607,8 @@ def spoil_fuse(monkeypatch):
 
 
 def spoil_exporter(monkeypatch):
-    right = exporter.export_onnx
-    monkeypatch.setattr(exporter, "export_onnx", lambda *a, **k: spoil_proto(right(*a, **k)))
+    right = typed.export_onnx
+    monkeypatch.setattr(typed, "export_onnx", lambda *a, **k: spoil_proto(right(*a, **k)))
 
 
 def spoil_onnxsim(monkeypatch):
@@ -616,12 +617,12 @@ def spoil_onnxsim(monkeypatch):
 
 
 def spoil_fp16(monkeypatch):
-    right = exporter.to_fp16
+    right = typed.to_half
 
-    def wrong(proto):
-        return right(scaled(proto, 1.2)[0])
+    def wrong(proto, half, *, io):
+        return right(scaled(proto, 1.2)[0], half, io=io)
 
-    monkeypatch.setattr(exporter, "to_fp16", wrong)
+    monkeypatch.setattr(typed, "to_half", wrong)
 
 
 STAGES = {

@@ -17,7 +17,7 @@ from test_models import small
 
 from litezoo.export.compare import compare_logits, snr_db, worst_layers
 from litezoo.export.qdq_lint import RULES, check_lint, lint
-from litezoo.export.to_fp16 import to_fp16
+from litezoo.export.to_half import HALVES, emulate_bf16, to_half
 from litezoo.export.to_int8 import calibrate, convolutions, quantize, quantize_weight
 from litezoo.export.to_onnx import export_onnx
 from litezoo.models.errors import CheckFailed, UsageError
@@ -28,7 +28,7 @@ from litezoo.models.fuse import fuse
 networks = pytest.mark.parametrize(
     "name", ["repvgg_a0", "mobilenetv2_100", "resnet50", "mobilenetv3_small_050"]
 )
-FORMS = ("int8", "int8-u8", "int8-u8s8", "int8-fp16")
+FORMS = ("int8", "int8-u8", "int8-u8s8", "int8-fp16", "int8-bf16")
 
 
 def noise(count, *shape, seed=0):
@@ -46,8 +46,8 @@ def float_file(name):
 
 @cache
 def quantized_file(name, form):
-    if form == "int8-fp16":
-        return to_fp16(quantized_file(name, "int8"))
+    if form.endswith(HALVES):
+        return to_half(quantized_file(name, "int8"), form[-4:])
     return quantize(float_file(name), CALIBRATION, form=form)
 
 
@@ -55,7 +55,7 @@ def run(proto, images):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        proto.SerializeToString(),
+        emulate_bf16(proto).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["WeightBiasQuantization"],  # see litezoo.export.compare
@@ -178,24 +178,31 @@ def test_the_int8_form_passes_lint_and_its_weights_and_activations_are_symmetric
     assert tensors["b0"].dtype == np.float32
 
 
+def small_file_of(form):
+    return to_half(small_int8(), form[-4:]) if form.endswith(HALVES) else small_int8(form)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_record_is_in_the_files_properties_beside_the_sources(form):
-    proto = to_fp16(small_int8()) if form == "int8-fp16" else small_int8(form)
+    proto = small_file_of(form)
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     assert properties["litezoo.model"] == "small"
     record = json.loads(properties["litezoo.quantization"])
     assert (record["images"], record["method"], record["keep_float"]) == (16, "minmax", [])
-    assert record["form"] == form.removesuffix("-fp16")
+    assert record["form"] == form.removesuffix("-fp16").removesuffix("-bf16")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_runs_at_any_batch_size_in_both_runtimes_near_the_float_file(form):
-    proto = to_fp16(small_int8()) if form == "int8-fp16" else small_int8(form)
-    compiled = compile_openvino(proto)
+def test_every_form_runs_at_any_batch_size_in_its_runtimes_near_the_float_file(form):
+    proto = small_file_of(form)
+    compiled = None  # OpenVINO 2026.4 reads bfloat16 scales as other numbers; it gets int8-u8
+    if form != "int8-bf16":
+        compiled = compile_openvino(proto)
     for batch in (1, 2, 7):
         want = run(small_file(), SMALL_IMAGES[:batch])
         assert compare_logits(run(proto, SMALL_IMAGES[:batch]), want).snr_db > 28
-        assert compare_logits(compiled({0: SMALL_IMAGES[:batch]})[0], want).snr_db > 28
+        if compiled is not None:
+            assert compare_logits(compiled({0: SMALL_IMAGES[:batch]})[0], want).snr_db > 28
 
 
 def test_a_convolution_can_be_left_in_float():
@@ -442,12 +449,14 @@ def test_no_method_widens_a_range(seed, power, method):
     assert low <= lower < higher <= high
 
 
-# ------------------------------------------------------------------------------- int8-fp16
-def test_float16_keeps_the_integers_and_halves_the_rest():
-    proto = to_fp16(small_int8())
+# ------------------------------------------------------------------------------- 16-bit twins
+@pytest.mark.parametrize("half", HALVES)
+def test_a_16_bit_twin_keeps_the_integers_and_halves_the_rest(half):
+    proto = to_half(small_int8(), half)
     assert lint(proto) == ()
     types = Counter(tensor.data_type for tensor in proto.graph.initializer)
-    assert TensorProto.FLOAT not in types and types[TensorProto.FLOAT16] > 10
+    kind = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[half]
+    assert TensorProto.FLOAT not in types and types[kind] > 10
     before = {t.name: t for t in small_int8().graph.initializer}
     for tensor in proto.graph.initializer:
         if tensor.data_type == TensorProto.INT8:
@@ -463,14 +472,14 @@ def test_scales_below_float16s_normal_numbers_are_raised_and_weights_requantized
     scale = numpy_helper.to_array(tensors["w0_scale"]).copy()
     scale[0], scale[1] = 1e-9, 3e-5
     tensors["w0_scale"].CopyFrom(numpy_helper.from_array(scale, "w0_scale"))
-    made = {t.name: numpy_helper.to_array(t) for t in to_fp16(proto).graph.initializer}
+    made = {t.name: numpy_helper.to_array(t) for t in to_half(proto, "fp16").graph.initializer}
     normal = float(np.finfo(np.float16).smallest_normal)
     assert made["w0_scale"].min() >= normal
     before = numpy_helper.to_array(tensors["w0_int8"]) * scale[:, None, None, None]
     after = made["w0_int8"] * made["w0_scale"].astype(np.float32)[:, None, None, None]
     assert np.abs(after - before)[:2].max() <= normal / 2
     np.testing.assert_allclose(after[2:], before[2:], rtol=1e-3)
-    assert lint(to_fp16(proto)) == ()
+    assert lint(to_half(proto, "fp16")) == ()
 
 
 # ------------------------------------------------------------------------------- lint
@@ -712,9 +721,10 @@ def test_the_layer_that_lost_its_weights_is_the_worst_and_can_be_kept_in_float(f
 
     def file(**options):
         made = quantize(
-            proto, SMALL_IMAGES, form=form.removesuffix("-fp16"), per_channel=False, **options
-        )
-        return to_fp16(made) if form == "int8-fp16" else made
+            proto, SMALL_IMAGES, form="int8" if form.endswith(HALVES) else form,
+            per_channel=False, **options,
+        )  # fmt: skip
+        return to_half(made, form[-4:]) if form.endswith(HALVES) else made
 
     layers = worst_layers(proto, file(), SMALL_IMAGES)
     assert {layer.name for layer in layers} == set(convolutions(proto))
@@ -767,6 +777,7 @@ def test_a_whole_networks_int8_file_passes_lint_and_runs_in_int8_in_openvino(nam
     proto = quantized_file(name, "int8")
     assert lint(proto) == ()
     assert lint(quantized_file(name, "int8-fp16")) == ()
+    assert lint(quantized_file(name, "int8-bf16")) == ()
     compiled = compile_openvino(proto)
     precisions = openvino_convolutions(compiled)
     assert openvino_convolutions(compile_openvino(quantized_file(name, "int8-u8"))) == precisions

@@ -25,14 +25,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from litezoo.export import build_engine, runtime_tensorrt  # noqa: E402
 from litezoo.export.build_engine import BuildOptions  # noqa: E402
 from litezoo.export.kit import write_kit  # noqa: E402
 from litezoo.export.runtime import BuildSource, Runtime, get_runtime  # noqa: E402
+from litezoo.export.to_half import Half, Io, to_half  # noqa: E402
+from litezoo.export.to_int8 import quantize  # noqa: E402
 from litezoo.models.errors import CheckFailed, MissingError, UsageError  # noqa: E402
 from litezoo.recipes.devices import Batch, get_device  # noqa: E402
 
@@ -226,7 +230,8 @@ def test_the_check_sees_what_build_engine_calls(version: str) -> None:
     seen = Checker(SOURCES[0].read_text(), Api(version)).seen
     called = """
         trt.Builder trt.Runtime trt.OnnxParser trt.BuilderFlag.TF32 trt.MemoryPoolType.WORKSPACE
-        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED trt.Logger.WARNING trt.float32
+        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED trt.Logger.WARNING trt.DataType.FLOAT
+        trt.DataType.HALF trt.DataType.BF16
         trt.Builder.create_network trt.Builder.create_builder_config
         trt.Builder.build_serialized_network trt.Builder.create_optimization_profile
         trt.OnnxParser.parse_from_file trt.OnnxParser.num_errors trt.OnnxParser.get_error
@@ -327,13 +332,21 @@ def test_the_builder_imports_only_numpy_and_runs_on_python_3_10() -> None:
 
 FAKE_TENSORRT = r"""
 import ctypes, enum, json, os
-import numpy as np, onnxruntime
+import ml_dtypes, numpy as np, onnxruntime
 
 CONFIG = json.loads(os.environ["FAKE_TENSORRT"])
 with open(CONFIG["api"]) as stream:
     API = json.load(stream)
 __version__ = CONFIG.get("version", API["version"])
 BUILT = []  # what each build was asked for
+
+
+def open_session(content):
+    if CONFIG.get("bf16"):  # of which onnxruntime has no kernels
+        import onnx
+        from litezoo.export.to_half import emulate_bf16
+        content = emulate_bf16(onnx.load_from_string(content)).SerializeToString()
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
 def new(cls, /, **values):
@@ -381,9 +394,6 @@ while todo:
     for name, entry in list(todo.items()):
         if not set(entry.get("bases", ())) & set(todo):
             globals()[name] = class_of(name, todo.pop(name))
-for name, member in (("float32", "FLOAT"), ("float16", "HALF")):
-    globals()[name] = DataType[member]
-
 
 def does(function):
     cls, _, name = function.__name__.partition("_")
@@ -443,7 +453,7 @@ def OnnxParser_parse_from_file(self, model):
         return False
     with open(model, "rb") as stream:
         content = stream.read()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = open_session(content)
     self.network.__dict__.update(
         content=content, num_inputs=len(session.get_inputs()),
         num_outputs=len(session.get_outputs()),
@@ -514,7 +524,7 @@ def Runtime_deserialize_cuda_engine(self, serialized_engine):
         if not self.__dict__.get("engine_host_code_allowed"):
             self.logger.log(ILogger.Severity.ERROR, "host code is not allowed")
             return None
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = open_session(content)
     names = [session.get_inputs()[0].name, session.get_outputs()[0].name]
     return new("ICudaEngine", num_io_tensors=2, names=names, session=session,
                profile=json.loads(asked)["shapes"])
@@ -526,7 +536,7 @@ def ICudaEngine_get_tensor_mode(self, name):
     return (TensorIOMode.INPUT, TensorIOMode.OUTPUT)[self.names.index(name)]
 @does
 def ICudaEngine_get_tensor_dtype(self, name):
-    return DataType.HALF if CONFIG.get("half_tensors") else DataType.FLOAT
+    return DataType[CONFIG.get("tensors", "FLOAT")]
 @does
 def ICudaEngine_get_tensor_profile_shape(self, name, profile_index):
     return self.profile[name]
@@ -578,12 +588,17 @@ def IExecutionContext_execute_async_v3(self, stream_handle):
     return enqueue(self, self.shape)
 def enqueue(self, shape):
     source, target = (self.addresses[name] for name in self.of.names)
-    size = 4 * int(np.prod(shape))
-    images = np.frombuffer(ctypes.string_at(source, size), np.float32).reshape(shape)
+    kind = CONFIG.get("tensors", "FLOAT")
+    held = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16}[kind]
+    size = np.dtype(held).itemsize * int(np.prod(shape))
+    images = np.frombuffer(ctypes.string_at(source, size), held).reshape(shape)
+    wanted = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    images = images.astype(wanted[self.of.session.get_inputs()[0].type])
     [logits] = self.of.session.run(None, {self.of.names[0]: images})
     if len(images) == CONFIG.get("wrong_at_batch", len(images)):
         logits = logits + np.float32(CONFIG.get("wrong_by", 0))
-    ctypes.memmove(target, np.ascontiguousarray(logits).tobytes(), logits.nbytes)
+    content = np.ascontiguousarray(logits, dtype=held).tobytes()
+    ctypes.memmove(target, content, len(content))
     return not CONFIG.get("no_run")
 """
 
@@ -1070,7 +1085,7 @@ FAILURES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "no builder": ({"no_builder": True}, "cannot start on this GPU: CUDA initialization failure"),
     "no profile": ({"no_profile": True}, "refuses the batch sizes 1, 8, 32"),
-    "half tensors": ({"half_tensors": True}, "is not float32"),
+    "8-bit tensors": ({"tensors": "INT8"}, "neither float32, float16 nor bfloat16"),
     "it does not run": ({"no_run": True}, "the engine did not run"),
     "a CUDA error": ({"copy_fails": True}, "CUDA error 1 (cudaErrorInvalidValue)"),
 }
@@ -1181,6 +1196,56 @@ def test_the_runtime_builds_and_runs_batches_of_any_size(
     assert cuda.LAUNCHES and list(cuda.GRAPHS) == ["exec"]
     del session
     assert not cuda.MEMORY and not cuda.STREAMS and not cuda.GRAPHS
+
+
+@pytest.mark.parametrize("tensors, half", [("HALF", "fp16"), ("BF16", "bf16")])
+@pytest.mark.parametrize("io", ["fp32", "half"])
+def test_an_engine_whose_ends_are_16_bit_floats_takes_and_gives_float32(
+    tiny: Tiny, tmp_path: Path, fake: Install, tensors: str, half: Half, io: Io
+) -> None:
+    fake(tensors=tensors, bf16=half == "bf16")
+    cuda: Any = sys.modules["cuda.bindings.runtime"]
+    file = tmp_path / "tiny.fp16.onnx"
+    onnx.save(to_half(onnx.load(tiny.onnx_file), half, io=io), file)
+    runtime = get_runtime("tensorrt")
+    device = dataclasses.replace(T4, batch=Batch(min=2, opt=2, max=4))
+    source = BuildSource(onnx={"fp16": file})
+    files = runtime.build(source, device=device, precision="fp16", folder=tmp_path)
+    session = runtime.load(files, device=device, precision="fp16")
+    assert sorted(map(len, cuda.MEMORY.values())) == [2 * 4 * 5, 2 * 4 * 3 * 6 * 8]
+    for count in (9, 1, 4):
+        logits = session.run(tiny.images[:count])
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, tiny.logits[:count], rtol=0.05, atol=0.02)
+
+
+def test_a_kit_of_files_with_16_bit_ends_is_built_and_measured(
+    tmp_path: Path, tiny: Tiny, fake: Install
+) -> None:
+    fake(tensors="HALF")
+    file = tmp_path / "half.onnx"
+    onnx.save(to_half(onnx.load(tiny.onnx_file), "fp16", io="half"), file)
+    kit = create_kit(tmp_path / "kit", dataclasses.replace(tiny, onnx_file=file), "fp16")
+    assert build_engine.main(["--kit", str(kit)]) == 0
+    [engine] = json.loads((kit / "result.json").read_text())["engines"]
+    assert 0 < engine["parity"]["max_relative_error"] < 0.01 and engine["timings"]
+
+
+@given(arrays.arrays(np.float32, st.integers(0, 9), elements=st.floats(width=32)))
+def test_values_are_held_as_ml_dtypes_rounds_them(values: np.ndarray) -> None:
+    kinds = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+    for kind, dtype in kinds.items():
+        with np.errstate(over="ignore"):
+            wanted = values.astype(dtype).astype(np.float32)
+        held = build_engine.encode(values, kind)
+        assert held.nbytes == values.size * np.dtype(dtype).itemsize
+        np.testing.assert_array_equal(build_engine.decode(held, kind), wanted)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_what_is_no_number_stays_so_in_bfloat16(bits: int) -> None:
+    values = np.array([bits], np.uint32).view(np.float32)
+    assert np.isnan(build_engine.decode(build_engine.encode(values, "bf16"), "bf16")).all()
 
 
 def test_the_gpu_of_the_right_kind_is_chosen(fake: Install) -> None:
@@ -1306,8 +1371,83 @@ def test_every_form_of_tensorrt_has_a_tolerance_and_a_tie() -> None:
     forms = set(build_engine.FORMS)
     assert forms == set(build_engine.TOLERANCES) == set(build_engine.TIES)
     assert get_runtime("tensorrt").precisions == {
-        "fp32": "fp32", "fp16": "fp16", "int8+fp16": "int8-fp16", "int8": "int8",
+        "fp32": "fp32", "fp16": "fp16", "bf16": "bf16",
+        "int8": "int8", "int8+fp16": "int8-fp16", "int8+bf16": "int8-bf16",
     }  # fmt: skip
+
+
+A10 = get_device("a10")
+
+
+def bf16_files(folder: Path, tiny: Tiny) -> dict[str, Path]:
+    """Return the tiny network's bfloat16 file and one with a quantized convolution in bfloat16."""
+    proto = onnx.load(tiny.onnx_file)
+    images = np.random.default_rng(1).standard_normal((16, 3, 6, 8)).astype(np.float32)
+    typed = {"bf16": proto, "int8+bf16": quantize(proto, images, form="int8", keep_float=[])}
+    files = {}
+    for precision, model in typed.items():
+        files[precision] = folder / f"a.{build_engine.FORMS[precision]}.onnx"
+        onnx.save(to_half(model, "bf16"), files[precision])
+    return files
+
+
+def test_bf16_engines_are_built_from_their_typed_files_and_compared(
+    tmp_path: Path, tiny: Tiny, fake: Install
+) -> None:
+    trt = fake(bf16=True, gpus=[["NVIDIA A10", 8, 6]])
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    write_kit(
+        kit,
+        device=A10,
+        model_name="tiny",
+        onnx_files=bf16_files(tmp_path, tiny),
+        inputs=tiny.images,
+        logits=tiny.logits,
+    )
+    tolerances = {s.precision: s.tolerance for s in build_engine.read_kit(kit).engines}
+    assert tolerances == {"bf16": 0.1, "int8+bf16": 0.1}
+    assert build_engine.main(["--kit", str(kit), "--seconds", "0"]) == 0
+    assert [built["tf32"] for built in trt.BUILT] == [True, True]
+    entries = json.loads((kit / "result.json").read_text())["engines"]
+    assert [entry["engine"] for entry in entries] == [
+        "tiny.bf16.sm86.trt11.4.0.106.plan",
+        "tiny.int8-bf16.sm86.trt11.4.0.106.plan",
+    ]
+    errors = {e["precision"]: e["parity"]["max_relative_error"] for e in entries}
+    assert 1e-4 < errors["bf16"] < 2e-2  # of the float network: bfloat16's rounding shows
+    assert errors["int8+bf16"] < 1e-5  # of the same file
+
+
+def test_the_runtime_builds_and_loads_a_bf16_engine(
+    tmp_path: Path, tiny: Tiny, fake: Install
+) -> None:
+    fake(bf16=True, gpus=[["NVIDIA A10", 8, 6]])
+    runtime = get_runtime("tensorrt")
+    source = BuildSource(onnx={"bf16": bf16_files(tmp_path, tiny)["bf16"]})
+    files = runtime.build(source, device=A10, precision="bf16", folder=tmp_path)
+    assert [file.name for file in files] == ["a.bf16.sm86.trt11.4.0.106.plan"]
+    session = runtime.load(files, device=A10, precision="bf16")
+    error = np.abs(session.run(tiny.images) - tiny.logits).max() / np.abs(tiny.logits).max()
+    assert 1e-4 < error < 2e-2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8+bf16"])
+def test_a_gpu_before_ampere_is_given_no_bf16_engine(
+    tmp_path: Path, tiny: Tiny, precision: str
+) -> None:
+    instead = precision.replace("bf16", "fp16")
+    words = rf"need compute capability 8\.0 or more and .* has 7\.5; take {re.escape(instead)}"
+    with pytest.raises(UsageError, match=words):
+        write_kit(
+            tmp_path,
+            device=dataclasses.replace(T4, precisions=(precision,)),
+            model_name="tiny",
+            onnx_files={precision: tiny.onnx_file},
+            inputs=tiny.images,
+            logits=tiny.logits,
+        )
+    assert names_in(tmp_path) == set()
 
 
 def test_the_options_reach_the_builder_and_the_name(
@@ -1526,7 +1666,7 @@ VERSION_NUMBERS = st.lists(st.integers(0, 99), min_size=1, max_size=4).map(
 
 
 @given(
-    stem=st.from_regex(r"[a-z]\w{0,5}(\.(fp16|int8-fp16))?", fullmatch=True),
+    stem=st.from_regex(r"[a-z]\w{0,5}(\.(fp16|bf16|int8-fp16|int8-bf16))?", fullmatch=True),
     sm=st.tuples(st.integers(7, 12), st.integers(0, 9)),
     version=VERSION_NUMBERS,
     level=st.sampled_from(sorted(build_engine.HARDWARE_COMPATIBILITY)),
@@ -1560,8 +1700,8 @@ def test_the_runtime_names_what_it_cannot_build(tiny: Tiny, tmp_path: Path, fake
     def build(precision: str, source: BuildSource) -> None:
         runtime.build(source, device=T4, precision=precision, folder=tmp_path)
 
-    with pytest.raises(UsageError, match=r"builds fp32, fp16, int8\+fp16, int8 so far, not bf16"):
-        build("bf16", source_of(tiny))
+    with pytest.raises(UsageError, match=r"builds fp32, fp16, bf16, .* so far, not tf32"):
+        build("tf32", source_of(tiny))
     with pytest.raises(UsageError, match="there is no fp16 ONNX file; there is fp32"):
         build("fp16", BuildSource(onnx={"fp32": tiny.onnx_file}))
     no_int8 = dataclasses.replace(T4, precisions=("fp16",))

@@ -17,6 +17,7 @@ text_format = pytest.importorskip("google.protobuf.text_format")
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 from litezoo.export import build_engine  # noqa: E402
+from litezoo.export.to_half import IoType  # noqa: E402
 from litezoo.export.triton import platform_config, write_triton  # noqa: E402
 from litezoo.models.errors import UsageError  # noqa: E402
 from litezoo.recipes.devices import Batch, get_device  # noqa: E402
@@ -82,6 +83,17 @@ def test_a_plans_configuration_says_shapes_batches_and_graphs() -> None:
         assert warmup.inputs["input"].zero_data is True
 
 
+@pytest.mark.parametrize("io, kind", [("fp16", "TYPE_FP16"), ("bf16", "TYPE_BF16")])
+def test_a_file_of_16_bit_ends_is_said_to_be_one(tmp_path: Path, io: IoType, kind: str) -> None:
+    plans = {"7.5": create_plan(tmp_path)}
+    write_triton(tmp_path / "all", model="a0", device=T4, plans=plans, io=io, **SHAPES)
+    written = parse((tmp_path / "all" / "a0" / "config.pbtxt").read_text())
+    for config in (config_of(io=io), written):
+        warmups = [warmup.inputs["input"] for warmup in config.model_warmup]
+        ends = (*config.input, *config.output, *warmups)
+        assert [end.data_type for end in ends] == [schema.DataType.Value(kind)] * 5
+
+
 def test_onnx_on_a_cpu_has_no_graphs_and_runs_on_the_cpu() -> None:
     config = config_of(device=get_device("cpu"), platform="onnxruntime_onnx")
     assert config.platform == "onnxruntime_onnx"
@@ -122,6 +134,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "sizes, classes and instances of 1 or more": {"instances": 0},
     "a delay of 0 or more": {"queue_delay_us": -1},
     "1 or more and a delay": {"classes": 0},
+    "unknown type of input and output 'half'": {"io": "half"},
 }
 
 

@@ -274,6 +274,10 @@ def _export_parser(parser: ArgumentParser) -> None:
                         "Inference Server into the build kit")  # fmt: skip
     parser.add_argument("--embed-preprocess", action="store_true", help="also ONNX files that take "
                         "uint8 images (N, H, W, C) of the input's size")  # fmt: skip
+    parser.add_argument("--dynamic-resolution", action="store_true", help="engines that take other "
+                        "image sizes too: sides of multiples of 32, from 64 on")  # fmt: skip
+    parser.add_argument("--io", choices=("fp32", "fp16", "bf16"), default="fp32", help="what ONNX "
+                        "files of that precision take and give (default: fp32)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only compare the network with the "
                         "device's limits")  # fmt: skip
     parser.add_argument("--force", action="store_true",
@@ -287,6 +291,13 @@ def _export_parser(parser: ArgumentParser) -> None:
                         help="most test images to compare top-1 on")  # fmt: skip
 
 
+def _sizes(parity: Parity) -> str:
+    """Return e.g. "1, 2, 7 at 224x224 and 160x192"; without the images' sizes where it is one."""
+    batches = ", ".join(map(str, parity.batches))
+    sizes = " and ".join(f"{height}x{width}" for height, width in parity.resolutions)
+    return f"{batches} at {sizes}" if sizes else batches
+
+
 def _evidence(stage: str, parity: Parity, accuracy: Accuracy | None) -> tuple[str, ...]:
     """Return one line of export's table."""
     top1 = "-"
@@ -296,8 +307,7 @@ def _evidence(stage: str, parity: Parity, accuracy: Accuracy | None) -> tuple[st
             f"{accuracy.images} images)"
         )
     snr = "-" if accuracy is None else f"{accuracy.snr_db:.0f}"
-    sizes = ", ".join(map(str, parity.batches))
-    return stage, parity.reference, sizes, f"{parity.max_relative_error:.1e}", snr, top1
+    return stage, parity.reference, _sizes(parity), f"{parity.max_relative_error:.1e}", snr, top1
 
 
 def _check_limits(args: Namespace, model: str, weights: str) -> None:
@@ -307,7 +317,8 @@ def _check_limits(args: Namespace, model: str, weights: str) -> None:
     with _steps() as progress:
         findings = check(
             model, device=args.device, weights=weights, precision=args.precision,
-            allow_license=args.allow_license, progress=progress,
+            dynamic_resolution=args.dynamic_resolution, allow_license=args.allow_license,
+            progress=progress,
         )  # fmt: skip
 
     def text() -> None:
@@ -336,7 +347,8 @@ def _export(args: Namespace) -> None:
                          "(see: litezoo devices)")  # fmt: skip
     get_device(args.device).select_precisions(args.precision)  # before anything slow
     from litezoo.export.artifact import default_folder
-    from litezoo.export.exporter import choose_source, export
+    from litezoo.export.exporter import export
+    from litezoo.export.source import choose_source
 
     if args.calibration == "random" and not args.yes_really:
         raise UsageError("int8 calibrated on noise has no accuracy; if it is for measuring speed "
@@ -365,6 +377,8 @@ def _export(args: Namespace) -> None:
             threads=args.threads,
             triton=args.triton,
             embed=args.embed_preprocess,
+            dynamic_resolution=args.dynamic_resolution,
+            io=args.io,
             force=args.force,
             rank=functools.partial(rank, threads=args.threads, progress=progress),
             allow_license=args.allow_license,
@@ -437,10 +451,9 @@ def _verify(args: Namespace) -> None:
     def text() -> None:
         print(f"{args.folder}: {report.files} files intact")
         for parity in report.parities:
-            sizes = ", ".join(map(str, parity.batches))
             print(
                 f"  {parity.stage}: relative error {parity.max_relative_error:.1e} at batch "
-                f"{sizes} (allowed {parity.tolerance:.0e})"
+                f"{_sizes(parity)} (allowed {parity.tolerance:.0e})"
             )
         for label, reason in report.skipped.items():
             print(f"  {label}: not run here ({reason})")
@@ -457,6 +470,9 @@ def _bench_parser(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument("--pytorch", action="store_true",
                         help="also PyTorch eager, in train form and fused")  # fmt: skip
+    parser.add_argument("--peers", nargs="*", metavar="WAY",
+                        help="also the same network of timm or torchvision: eager, compile, "
+                        "onnxruntime, openvino (default: all of them)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
     parser.add_argument("--import", type=Path, dest="result", metavar="FILE",
                         help="append what a build kit measured (its result.json) instead; FOLDERS "
@@ -490,10 +506,11 @@ def _bench(args: Namespace) -> None:
         candidates_of,
         check_conditions,
         measure,
-        pytorch_candidates,
     )
+    from litezoo.benchmarks.peers import PEERS, peer_candidates, pytorch_candidates
     from litezoo.benchmarks.results import append_rows, results_folder
     from litezoo.export.artifact import find_artifacts
+    from litezoo.export.runtime import list_runtimes
 
     check_conditions(batches=args.batch, threads=args.threads)
     folders = args.folders or find_artifacts(args.device, args.models)
@@ -504,6 +521,11 @@ def _bench(args: Namespace) -> None:
             candidate
             for folder in folders
             for candidate in (
+                *(
+                    peer_candidates(folder, args.peers or PEERS, threads=args.threads)
+                    if args.peers is not None
+                    else ()
+                ),
                 *(pytorch_candidates(folder, threads=args.threads) if args.pytorch else ()),
                 *candidates_of(folder, threads=args.threads),
             )
@@ -526,7 +548,8 @@ def _bench(args: Namespace) -> None:
             ],
         )  # fmt: skip
         print(f"appended {len(rows)} rows to {', '.join(map(str, files))}")
-        engines = [r for r in rows if r.batch == args.batch[0] and r.runtime != "pytorch"]
+        built = list_runtimes()
+        engines = [r for r in rows if r.batch == args.batch[0] and r.runtime in built]
         fastest = max(engines, key=lambda row: row.images_per_s)
         folder = folders[0] if len(folders) == 1 else None
         if folder is not None:
