@@ -66,7 +66,7 @@ class Engine:
     """One runtime's files at one precision, with their evidence.
 
     `ms_per_batch` is the time of a batch of `batch` images, where export compared engines: the
-    least of the medians of its blocks.
+    least of the medians of its blocks, with `threads` (None: all cores) and the hint `objective`.
     """
 
     runtime: str
@@ -75,6 +75,7 @@ class Engine:
     parity: Parity
     accuracy: Accuracy | None = None
     objective: Objective = "latency"
+    threads: int | None = None
     batch: int = 1
     ms_per_batch: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +84,13 @@ class Engine:
     def label(self) -> str:
         """Return e.g. "openvino fp32"."""
         return f"{self.runtime} {self.precision}"
+
+    @property
+    def tuned_label(self) -> str:
+        """Return e.g. "openvino fp32 (1 thread, latency)"."""
+        count = "all threads" if self.threads is None else f"{self.threads} thread"
+        plural = "s" if (self.threads or 1) > 1 else ""
+        return f"{self.label} ({count}{plural}, {self.objective})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,14 +253,14 @@ def check_hashes(folder: Path, artifact: Artifact, names: Sequence[str] | None =
 def load_session(
     folder: Path, artifact: Artifact, engine: Engine, *, threads: int | None = None
 ) -> Session:
-    """Check the engine's files and load them."""
+    """Check the engine's files and load them, with its own number of threads unless told."""
     check_hashes(folder, artifact, engine.files)
     files = [folder / name for name in engine.files]
     return get_runtime(engine.runtime).load(
         files,
         device=get_device(artifact.device),
         precision=engine.precision,
-        threads=threads,
+        threads=engine.threads if threads is None else threads,
         objective=engine.objective,
     )
 

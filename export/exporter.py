@@ -6,7 +6,6 @@ at the end or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -60,15 +59,15 @@ from .request import (
     form_of,
     in_parts,
     one_size,
-    repeat_to,
     wanted_engines,
 )
 from .runtime import Array, BuildSource, Objective, Session, check_size, get_runtime
 from .source import Source, load_source, logits_of, probe_images
 from .to_half import IoType, read_io
 from .to_onnx import INPUT, OUTPUT, export_onnx, load_onnx, simplify_onnx
+from .tune import fastest_first
 from .typed import Typed, tolerance_of, typed_onnx
-from .validation import Validation, good_engines, good_forms
+from .validation import Validation, good_engines, good_forms, least_right_layers
 from .whole_folder import check_replaceable, whole_folder
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def export(
         is_here = device == "cpu" or target.kind == "gpu"
         if rank is not None and is_here and len(engines) > 1:
             progress("measuring the speed of the engines")
-            engines = _fastest_first(engines, sessions, images, request, rank)
+            engines = fastest_first(folder, engines, sessions, images, request, rank, progress)
         used = {file for engine in engines for file in engine.files} | {*onnx_files.values()}
         for file in folder.iterdir():  # what no engine that was kept is made of
             if file.name not in used | {EXPECTED, GOLDEN}:
@@ -254,7 +253,9 @@ def export(
         if engines and not is_here:
             notes.append(f"speed not measured: this machine is no {target.title}")
         if typed.calibration is not None:
-            notes.append(f"int8 calibrated on {typed.calibration.source}")
+            notes.append(f"int8 calibrated on {typed.calibration.source}, ranges by minmax")
+            if validation is not None:
+                notes += least_right_layers(typed)
         artifact = Artifact(
             model=spec.name,
             weights=source.weights,
@@ -372,6 +373,7 @@ def _build_engines(
                 files=tuple(str(file.relative_to(folder)) for file in files),
                 parity=parity,
                 objective=request.objective,
+                threads=request.threads,
                 versions=dict(runtime.versions()),
             )
         )
@@ -441,23 +443,6 @@ def _write_board_kit(
         toolkit=next(iter(rknn.values())).versions["rknn-toolkit2"],
     )
     return tuple(str(file.relative_to(folder)) for file in written)
-
-
-def _fastest_first(
-    engines: Sequence[Engine],
-    sessions: Mapping[str, Session],
-    images: Array,
-    request: Request,
-    rank: Ranker,
-) -> tuple[Engine, ...]:
-    """Return the engines with their times, the fastest first."""
-    batch = repeat_to(images, request.batch)
-    times = rank({engine.label: sessions[engine.label] for engine in engines}, batch)
-    timed = [
-        dataclasses.replace(engine, ms_per_batch=times[engine.label], batch=request.batch)
-        for engine in engines
-    ]
-    return tuple(sorted(timed, key=lambda engine: times[engine.label]))
 
 
 def _embed(

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class OpenVino:
     """The CPU plugin, pinned to a number of threads."""
 
     name = "openvino"
+    objectives: ClassVar[tuple[Objective, ...]] = get_args(Objective)
     precisions: ClassVar[Mapping[str, str | None]] = {
         "fp32": "fp32",
         "fp16": "fp16",

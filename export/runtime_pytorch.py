@@ -42,7 +42,7 @@ from litezoo.recipes.devices import Device
 from .runtime import Array, BuildSource, Objective, Session, check_size
 from .to_onnx import open_axes
 
-__all__ = ["RUNTIME", "PyTorch", "eager_session"]
+__all__ = ["RUNTIME", "PyTorch", "eager_session", "find_gpu"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILE = re.compile(r"pytorch\.(fp32|bf16|fp16)(?:\.sm(\d+))?\.torch(\d+\.\d+)\.pt2")
@@ -270,7 +270,7 @@ def _sm(capability: str) -> str:
     return capability.replace(".", "")
 
 
-def _find_gpu(device: Device) -> int:
+def find_gpu(device: Device) -> int:
     """Return the index of the first GPU of the device's compute capability."""
     wanted = device.compute_capability
     if wanted is None:
@@ -521,7 +521,7 @@ class PyTorch:
     def _find(self, device: Device) -> int | None:
         """Return the index of the device's GPU, None for the CPU."""
         if device.kind == "gpu":
-            return _find_gpu(device)
+            return find_gpu(device)
         if device.kind != "cpu":
             raise UsageError(
                 f"runtime 'pytorch' runs on CPUs and NVIDIA GPUs; {device.name} is an {device.kind}"

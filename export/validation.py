@@ -23,7 +23,7 @@ from .to_onnx import load_onnx
 if TYPE_CHECKING:
     from .typed import Typed
 
-__all__ = ["Validation", "good_engines", "good_forms"]
+__all__ = ["Validation", "good_engines", "good_forms", "least_right_layers"]
 
 
 class Validation:
@@ -104,6 +104,17 @@ def good_engines(
         error = CheckFailed(_loss(engine.label, accuracy, form, typed, request))
         request.refuse(engine.label, error, not_built)
     return tuple(kept)
+
+
+def least_right_layers(typed: Typed) -> list[str]:
+    """Return for each 8-bit form a sentence that names its layers of the lowest SNR."""
+    sentences = []
+    for form, proto in typed.protos.items():
+        if form.startswith("int8") and typed.calibration is not None:
+            layers = worst_layers(typed.fp32, proto, typed.calibration.images[:32], most=3)
+            names = ", ".join(f"{layer.name} ({layer.snr_db:.0f} dB)" for layer in layers)
+            sentences.append(f"the least right layers of onnx {form} are {names}")
+    return sentences
 
 
 def _loss(label: str, accuracy: Accuracy, form: str | None, typed: Typed, request: Request) -> str:

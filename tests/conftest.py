@@ -1,9 +1,37 @@
 import gc
+import hashlib
 
 import pytest
 import torch
 
 from litezoo.models.catalogue import get_spec, list_models
+
+
+def pytest_configure():
+    """Write each network as ONNX once: the same weights for the same images share torch's work."""
+    from litezoo.export import to_onnx
+
+    export_onnx, made = to_onnx.export_onnx, {}
+
+    def remember(model, images, **options):
+        writer = (id(torch.onnx.export), to_onnx.OPSET)  # tests replace them
+        key = hashlib.sha256(f"{writer} {images.shape} {sorted(options.items())}".encode())
+        for name, module in model.named_modules():
+            plain = (bool, int, float, str, tuple)
+            flags = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
+            key.update(f"{name} {type(module).__qualname__} {flags}".encode())
+        for name, value in model.state_dict().items():
+            key.update(name.encode() + value.contiguous().numpy().tobytes())
+        if key.digest() not in made:
+            proto = export_onnx(model, images, **options)
+            if proto.ByteSize() > 2**24:
+                return proto
+            made[key.digest()] = proto
+        copy = type(made[key.digest()])()
+        copy.CopyFrom(made[key.digest()])
+        return copy
+
+    to_onnx.export_onnx = remember
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +60,17 @@ def pytest_sessionfinish():
 def _one_thread():
     """Small tensors: OpenMP's waiting costs more than it gives (8 times, beside another job)."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A protocol of measuring that takes an instant; the numbers are not looked at."""
+    from litezoo.benchmarks import measure
+
+    values = {"BLOCK_S": 0.002, "IDLE_S": 0.0, "MIN_ROUNDS": 2, "MIN_SECONDS": 0.004}
+    values |= {"MIN_RUNS": 4, "WARMUP_BLOCK_S": 0.001, "WARMUP_LIMIT_S": 0.005}
+    for name, value in values.items():
+        monkeypatch.setattr(measure, name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -85,8 +85,8 @@ def write_table(done):
     write_whole(TABLE, text)
 
 
-def export_one(name):
-    """Return the row of one network; a failure is a cell "!reason"."""
+def export_one(name, wanted=CELLS, images_for_int8=CALIBRATION):
+    """Return the `wanted` cells of one network's row; a failure is a cell "!reason"."""
     import numpy as np
     import torch
 
@@ -108,7 +108,7 @@ def export_one(name):
         shape = (train_form.in_chans, SIDE, SIDE)
         images, calibration = (
             rng.standard_normal((count, *shape)).astype(np.float32)
-            for count in (IMAGES, CALIBRATION)
+            for count in (IMAGES, images_for_int8)
         )
         with torch.inference_mode():
             logits = [net(torch.from_numpy(images)).numpy() for net in (train_form, deploy)]
@@ -119,7 +119,7 @@ def export_one(name):
         del train_form
         fp32, _ = simplify_onnx(export_onnx(deploy, images[:2], metadata={}), images)
     except Exception as error:
-        cells = dict.fromkeys(CELLS, f"!{_reason(error)}")
+        cells = dict.fromkeys(wanted, f"!{_reason(error)}")
         return (*cells.values(), f"{time.process_time() - start:.0f}")
     device = get_device("cpu")
     with tempfile.TemporaryDirectory(prefix="litezoo-export-all-") as scratch:
@@ -127,6 +127,8 @@ def export_one(name):
         for precision in PRECISIONS:
             for runtime in map(get_runtime, RUNTIMES):
                 label = f"{runtime.name} {precision}"
+                if label not in wanted:
+                    continue
                 form = runtime.precisions[precision]
                 try:
                     if form not in files and form not in failed:
@@ -153,7 +155,7 @@ def export_one(name):
                     del session
                 except Exception as error:
                     cells[label] = f"!{_reason(error)}"
-    return (*(cells[label] for label in CELLS), f"{time.process_time() - start:.0f}")
+    return (*(cells[label] for label in wanted), f"{time.process_time() - start:.0f}")
 
 
 def typed(fp32, form, images, calibration):

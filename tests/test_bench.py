@@ -624,15 +624,6 @@ def test_the_report_is_written_by_its_command(here, capsys):
 # ------------------------------------------------------------------------------- engines for real
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A protocol of an instant; the numbers are not looked at."""
-    values = {"BLOCK_S": 0.002, "IDLE_S": 0.0, "MIN_ROUNDS": 2, "MIN_SECONDS": 0.004}
-    values |= {"MIN_RUNS": 4, "WARMUP_BLOCK_S": 0.001, "WARMUP_LIMIT_S": 0.005}
-    for name, value in values.items():
-        monkeypatch.setattr(protocol, name, value)
-
-
 def test_engines_are_measured_beside_pytorch_in_both_forms(here, for_cpu, short, capsys):
     words = ("--pytorch", "--batch", 1, 3, "--threads", 1, "--results", "results", "--json")
     assert litezoo("bench", for_cpu, *words) == 0

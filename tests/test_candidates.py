@@ -11,9 +11,11 @@ from test_data import write_folder
 from test_train import litezoo, tiny_model, tiny_run
 
 from litezoo.export import exporter, typed
+from litezoo.export.artifact import load as litezoo_load
 from litezoo.export.artifact import read_artifact, signed_json, verify
 from litezoo.export.calibration import LEAST, choose_calibration
 from litezoo.export.exporter import export
+from litezoo.export.runtime_openvino import RUNTIME as OPENVINO
 from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
 
@@ -79,7 +81,10 @@ def test_every_engine_says_how_near_it_is_to_pytorch(made):
 
 
 def test_int8_is_calibrated_on_the_images_that_the_network_was_trained_on(made):
-    assert "int8 calibrated on 512 training images of digits" in read_artifact(made).notes
+    assert (
+        "int8 calibrated on 512 training images of digits, ranges by minmax"
+        in read_artifact(made).notes
+    )
 
 
 def test_random_weights_get_no_int8_unless_told_what_to_calibrate_on(tmp_path):
@@ -91,13 +96,13 @@ def test_random_weights_get_no_int8_unless_told_what_to_calibrate_on(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_noise_is_calibrated_on_when_asked_for_twice(tmp_path, capsys):
+def test_noise_is_calibrated_on_when_asked_for_twice(tmp_path, capsys, short):
     words = ("export", "repvgg_tiny", "--device", "cpu", "--weights", "random", "--out",
              tmp_path / "a", "--precision", "int8", "--calibration", "random")  # fmt: skip
     assert litezoo(*words) == 2
     assert "--yes-really" in capsys.readouterr().err
     assert litezoo(*words, "--yes-really") == 0
-    assert "int8 calibrated on noise" in read_artifact(tmp_path / "a").notes
+    assert "int8 calibrated on noise, ranges by minmax" in read_artifact(tmp_path / "a").notes
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,39 @@ def test_images_that_do_not_serve_are_refused(asked, data, message, tmp_path):
         asked = str(write_folder(tmp_path / "few"))
     with pytest.raises(UsageError, match=message):
         choose_calibration(asked, data=data, weights="x.ckpt", preprocess=SMALL)
+
+
+def test_the_layers_that_8_bits_hurt_most_are_named(made):
+    notes = [note for note in read_artifact(made).notes if note.startswith("the least right")]
+    assert len(notes) >= 2 and all(note.count(" dB)") == 3 for note in notes)
+
+
+def one_thread_is_fastest(sessions, batch):
+    times = {label: 5.0 - ("1 thread," in label) - ("throughput" in label) for label in sessions}
+    return {label: ms + 0.001 * i for i, (label, ms) in enumerate(times.items())}
+
+
+def test_the_fastest_engines_keep_the_threads_and_the_hint_that_they_are_fastest_with(
+    best, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    words = {"device": "cpu", "weights": best, "precision": "fp32"}
+    tuned = export("repvgg_tiny", out=tmp_path / "a", rank=one_thread_is_fastest, **words)
+    labels = [engine.tuned_label for engine in tuned.engines]
+    assert labels == [
+        "openvino fp32 (1 thread, throughput)",
+        "onnxruntime fp32 (1 thread, latency)",
+        "ncnn fp32 (1 thread, latency)",
+    ]
+    loaded = []
+    load = type(OPENVINO).load
+    monkeypatch.setattr(type(OPENVINO), "load", lambda *a, **k: loaded.append(k) or load(*a, **k))
+    litezoo_load(tmp_path / "a")
+    assert (loaded[0]["threads"], loaded[0]["objective"]) == (1, "throughput")
+    asked = export(
+        "repvgg_tiny", out=tmp_path / "b", rank=one_thread_is_fastest, threads=2, **words
+    )
+    assert {engine.threads for engine in asked.engines} == {2}
 
 
 # ----------------------------------------------------------------------- accuracy

@@ -278,7 +278,7 @@ def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(for_cpu, here):
 # ------------------------------------------------------------------------------------------- JSON
 
 
-def test_what_a_verb_does_is_printed_as_json(for_cpu, here, capsys):
+def test_what_a_verb_does_is_printed_as_json(for_cpu, here, capsys, short):
     words = ("--device", "cpu", "--weights", "random", "--out", "out")
     assert litezoo("export", "repvgg_tiny", *words, "--json") == 0
     artifact = json.loads(capsys.readouterr().out)

@@ -1,7 +1,7 @@
 """What `make test-export-all` does with every network, done with the lightest of each family."""
 
 import pytest
-from export_all import CELLS, export_one
+from export_all import export_one
 
 from litezoo.models.catalogue import get_spec, list_models
 
@@ -15,10 +15,13 @@ def lightest():
     return sorted(spec.name for spec in found.values())
 
 
+#: Each precision and each runtime; what ONNX Runtime says of float32 is compared on the way.
+CELLS = ("onnxruntime fp16", "onnxruntime int8", "openvino fp32", "openvino int8")
+
+
 @pytest.mark.parametrize("name", lightest())
-def test_a_network_is_itself_in_every_precision_of_both_runtimes(name):
-    *cells, _seconds = export_one(name)
-    assert len(cells) == len(CELLS)
+def test_a_network_is_itself_in_every_precision(name):
+    *cells, _seconds = export_one(name, CELLS, images_for_int8=8)
     assert [cell for cell in cells if cell[0] == "!"] == []
     decibels = [float(cell) for label, cell in zip(CELLS, cells, strict=True) if "int8" in label]
-    assert min(decibels) > 20, decibels  # 8 bits that are right; noise calibrated on noise
+    assert min(decibels) > 10, decibels  # 8 bits that are right; of wrong ones 0 are left

@@ -9,7 +9,6 @@ import pytest
 from onnx import TensorProto, helper
 from test_train import litezoo, tiny_model
 
-from litezoo.export import typed
 from litezoo.export.artifact import load, read_artifact, read_expected, verify
 from litezoo.export.compare import worst_layers
 from litezoo.export.deep import (
@@ -64,14 +63,7 @@ def pair(for_h200):
 
 
 @pytest.fixture
-def quick(for_h200, monkeypatch):
-    """Take the network's ONNX form from an artifact; torch's exporter needs half the time."""
-    proto = onnx.load(for_h200 / "model.fp32.onnx")
-    monkeypatch.setattr(typed, "export_onnx", lambda *_, **__: proto)
-
-
-@pytest.fixture
-def for_mine(tmp_path_factory, quick, monkeypatch):
+def for_mine(tmp_path_factory, monkeypatch):
     """Return the artifact, made once, of a device whose runtimes run fp16 files here."""
     folder = tmp_path_factory.getbasetemp() / "half_io_mine"
     monkeypatch.setenv("LITEZOO_DEVICES", str(folder))

@@ -21,6 +21,11 @@ from litezoo.models.create import create_model
 from litezoo.models.fuse import fuse
 from litezoo.models.weights import convert_state_dict, load_state_dict
 
+#: Variants of more parameters than this are not trained: their layers are their family's, wider.
+TRAINED_PARAMS = 20e6
+SMALLEST = {}  # parameters, by family
+for _spec in map(get_spec, list_models()):
+    SMALLEST[_spec.family] = min(_spec.params_train, SMALLEST.get(_spec.family, 1e12))
 #: Sums of up to 25 thousand products in float64, in another order.
 BOUND = 1e-9
 LIBRARIES = {
@@ -69,7 +74,8 @@ def run_with_maps(model, modules, x):
 
 @every_pair
 def test_weights_of_the_other_library_give_its_numbers(name, library, theirs, record_property):
-    """Logits, feature maps, fused form; loss, gradients and statistics of a training step.
+    """Logits, feature maps, fused form; loss, gradients and statistics of a training step (but of
+    the widest variants, whose layers are those of the others).
 
     In float64, in which equal networks differ by next to nothing: float32 rounding is amplified
     without limit by dozens of shaken BatchNorms.
@@ -83,7 +89,8 @@ def test_weights_of_the_other_library_give_its_numbers(name, library, theirs, re
     assert load_state_dict(ours, state_dict, spec) == ()
     assert all(v.sum().isfinite() for v in ours.state_dict().values())
     check_outputs(reference, ours, library, spec)
-    check_training_step(reference.train(), ours.train(), spec)
+    if spec.params_train <= max(TRAINED_PARAMS, SMALLEST[spec.family]):
+        check_training_step(reference.train(), ours.train(), spec)
     record_property("parity", (name, library))
     del reference, state_dict, converted, ours
     gc.collect()

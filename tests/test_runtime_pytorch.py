@@ -248,9 +248,9 @@ def test_the_first_gpu_of_the_wanted_capability_is_taken(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0), (9, 0))[index]
     )
-    assert runtime_pytorch._find_gpu(GPU) == 1
+    assert runtime_pytorch.find_gpu(GPU) == 1
     with pytest.raises(MissingError, match=r"capability 8\.0; PyTorch finds GPU 0 with 7\.5, GPU"):
-        runtime_pytorch._find_gpu(dataclasses.replace(GPU, compute_capability="8.0"))
+        runtime_pytorch.find_gpu(dataclasses.replace(GPU, compute_capability="8.0"))
 
 
 # ------------------------------------------------------------- what is refused before it is loaded
@@ -280,7 +280,7 @@ def test_a_package_of_another_torch_is_refused(plain):
 
 
 def test_a_gpu_package_is_refused_for_a_cpu_and_the_other_way_round(plain, monkeypatch):
-    monkeypatch.setattr(runtime_pytorch, "_find_gpu", lambda device: 0)
+    monkeypatch.setattr(runtime_pytorch, "find_gpu", lambda device: 0)
     with pytest.raises(UsageError, match="is for the CPU, which h200 is not"):
         load(plain, device=GPU)
     on_gpu = plain.rename(plain.with_name(f"pytorch.fp32.sm90.torch{HERE}.pt2"))

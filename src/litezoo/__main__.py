@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name, wrong_words
 
 if TYPE_CHECKING:
-    from litezoo.export.artifact import Accuracy
+    from litezoo.export.artifact import Accuracy, Engine
     from litezoo.export.parity import Parity
 
 __all__ = ["main"]
@@ -392,7 +392,7 @@ def _export(args: Namespace) -> None:
         ]
         rows = [(*row, "-") for row in rows] + [
             (*_evidence(e.label, e.parity, e.accuracy),
-             "-" if e.ms_per_batch is None else f"{e.ms_per_batch:.3f}")
+             "-" if e.ms_per_batch is None else _tuned(e))
             for e in artifact.engines
         ]  # fmt: skip
         _table(
@@ -411,6 +411,12 @@ def _export(args: Namespace) -> None:
 
     values = {"folder": str(out), **json.loads(artifact.to_json())}
     _show(values, as_json=args.json, text=text)
+
+
+def _tuned(engine: Engine) -> str:
+    """Return e.g. "1.234" or, where not all threads are the fastest, "1.234 (1 thread)"."""
+    tuned = engine.tuned_label.removeprefix(f"{engine.label} ")
+    return f"{engine.ms_per_batch:.3f}" + ("" if engine.threads is None else f" {tuned}")
 
 
 def _verify_parser(parser: ArgumentParser) -> None:
