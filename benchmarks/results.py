@@ -84,24 +84,24 @@ def latest(rows: Iterable[Measurement]) -> list[Measurement]:
 
 
 def markdown_table(rows: Iterable[Measurement]) -> str:
-    """Return the README's table: of each model, batch and number of threads the fastest row."""
-    lines = [
-        "| device | model | input | batch | threads | fastest | p50 ms | img/s | ratio | to |",
-        "|---|---|---|---:|---:|---|---:|---:|---:|---|",
-    ]
+    """Return the README's table: a line for each model, of each batch and threads the fastest."""
+    newest = latest(rows)
     fastest: dict[tuple[object, ...], Measurement] = {}
-    for row in latest(rows):
-        key = (row.device, row.machine.cpu, row.batch, row.threads, row.model, row.resolution)
+    for row in newest:
+        key = (row.device, row.model, row.resolution, row.batch, row.threads)
         if key not in fastest or row.images_per_s > fastest[key].images_per_s:
             fastest[key] = row
-    rows = list(fastest.values())
-    for row in rows:
-        size = "x".join(map(str, row.resolution))
-        lines.append(
-            f"| {row.device} | {row.model} | {size} | {row.batch} | {row.threads} | {row.label} "
-            f"| {row.p50_ms:.2f} | {row.images_per_s:.0f} | {row.ratio:.1f}x "
-            f"| {row.ratio_to.removeprefix(row.model + ' ')} |"
-        )
+    conditions = sorted({(row.batch, -row.threads) for row in newest})
+    names = [f"batch {batch}, {_count(-threads, 'thread')}" for batch, threads in conditions]
+    lines = [
+        f"| device | model | input | {' | '.join(names)} |",
+        f"|---|---|---|{'---|' * len(names)}",
+    ]
+    for device, model, size in dict.fromkeys((r.device, r.model, r.resolution) for r in newest):
+        found = (fastest.get((device, model, size, b, -t)) for b, t in conditions)
+        cells = " | ".join("-" if row is None else _cell(row) for row in found)
+        lines.append(f"| {device} | {model} | {'x'.join(map(str, size))} | {cells} |")
+    rows = newest
     machines = dict.fromkeys(
         f"{row.device}: {row.machine.cpu}, {row.machine.cores} cores "
         f"({', '.join(row.machine.isa)}), "
@@ -110,6 +110,16 @@ def markdown_table(rows: Iterable[Measurement]) -> str:
         for row in rows
     )
     return "\n".join([*lines, "", *(f"{machine}." for machine in machines)])
+
+
+def _count(number: int, what: str) -> str:
+    """Return e.g. "2 threads"; 0 (a GPU has none) is "-"."""
+    return f"{number} {what}{'s' if number > 1 else ''}" if number else "-"
+
+
+def _cell(row: Measurement) -> str:
+    speed = f"{row.p50_ms:.2f} ms" if row.batch == 1 else f"{row.images_per_s:.0f}/s"
+    return f"{speed}, {row.ratio:.1f}x ({row.runtime} {row.precision})"
 
 
 def refresh_readme(readme: Path, rows: Iterable[Measurement], *, write: bool) -> bool:
