@@ -281,7 +281,7 @@ def test_an_open_and_a_fixed_artifact_have_different_inputs(opened):
     [
         ("npu-int8", "npu-int8 runs images of one size only; export without an open resolution"),
         ("rk3588-npu", "rk3588-npu runs images of one size only"),
-        ("t4", "t4 has no runtime for an open resolution: runtime 'tensorrt' builds its engines"),
+        ("jetson-agx-orin", "has no runtime for an open resolution: runtime 'tensorrt' builds"),
     ],
 )
 def test_a_device_of_one_size_is_refused_before_anything_is_done(tmp_path, capsys, device, words):

@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns that hold only numbers are set to the right."""
+    """Print a table; columns that hold only numbers are set to the right, long words wrapped."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -55,7 +55,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for index, column in enumerate(columns):
         numeric = all(row[index].rstrip("x %").replace(".", "").isdigit() for row in rows)
-        table.add_column(column, justify="right" if rows and numeric else "left", no_wrap=True)
+        whole = numeric or index == 0
+        table.add_column(column, justify="right" if rows and numeric else "left", no_wrap=whole)
     for row in rows:
         table.add_row(*row)
     console.print(table)
