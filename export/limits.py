@@ -29,7 +29,7 @@ from litezoo.recipes.devices import PATTERNS, Device
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-__all__ = ["Finding", "apply_rewrites", "check_limits"]
+__all__ = ["Finding", "apply_rewrites", "check_limits", "layers_of"]
 
 Kind = Literal["forbidden", "slow", "channels", "opset", "dynamic", "precision"]
 _SHOWN = 5
@@ -329,6 +329,11 @@ def _find(graph: _Graph, rule: str) -> list[NodeProto]:
 
 
 # ----------------------------------------------------------------------- the check
+
+
+def layers_of(model: ModelProto, rule: str) -> tuple[str, ...]:
+    """Return the names of all nodes that a pattern or operator names."""
+    return tuple(map(_label, _find(_Graph(model), rule)))
 
 
 def check_limits(

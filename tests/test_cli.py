@@ -45,7 +45,10 @@ def run(*words, **options):
 
 # ----------------------------------------------------------------------------- looking things up
 
-VERBS = ("train", "list", "info", "devices", "export", "verify", "bench", "report")
+VERBS = (
+    "train", "list", "info", "devices", "export", "verify", "bench", "profile", "ceilings",
+    "guidelines", "report",
+)  # fmt: skip
 
 
 def test_help_lists_the_verbs_and_the_exit_statuses(capsys):
@@ -210,6 +213,11 @@ WRONG_USAGE = {
     "bench --batch many": "many",
     "bench --bach 3": "did you mean '--batch'",
     "report none.jsonl": "no results none.jsonl",
+    "profile": "",
+    "profile repvgg_a9": "did you mean 'repvgg_a2'",
+    "profile repvgg_a0 --device t5": "unknown device 't5'",
+    "guidelines --rules g2-few-group": "did you mean 'g2-few-groups'",
+    "guidelines --device cpux": "did you mean 'cpu'",
     "train": "which model?",
     "train repvgg_a9": "did you mean 'repvgg_a2'",
     "train repvgg_tiny --data nowhere": "no data set nowhere",
@@ -222,11 +230,10 @@ MISSING = {
     "report": "no results in benchmarks/results yet; measure first: litezoo bench DIR",
     "export repvgg_b2g2 --device cpu": "repvgg_b2g2 has no public weights and no run here",
     "export repvgg_a0 --device t4 --engine require --weights random": "pip install",
-    "profile": "litezoo profile is not in this version yet; `litezoo info MODEL`",
-    "guidelines --device cpu": "litezoo guidelines is not in this version yet; `litezoo bench`",
+    "guidelines --device t4": "no runtime of t4 can be measured here",
+    "ceilings --device t4": "needs a GPU of compute capability 7.5",
     "pick --device t4 --latency-ms 2": "litezoo pick is not in this version yet; `litezoo list`",
     "predict repvgg_a0 --device t4": "litezoo predict is not in this version yet; `litezoo bench`",
-    "ceilings": "litezoo ceilings is not in this version yet; `litezoo bench`",
 }
 
 
@@ -316,6 +323,33 @@ def test_steps_are_shown_beside_the_result(for_cpu, capsys):
 def test_options_may_come_before_the_model(words, capsys):
     assert litezoo(*words) == 2
     assert "unknown model 'repvgg_a9'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- profile
+
+
+def test_profile_counts_a_model_and_draws_its_roofline(here, capsys):
+    words = ("profile", "repvgg_tiny", "--device", "t4", "--precision", "fp16")
+    assert litezoo(*words, "--html", here / "roof.html") in (0, None)
+    text = capsys.readouterr().out
+    assert "FLOPs (2 per MAC)" in text and "least time" in text and "bound" in text
+    assert "roofline: " in text and (here / "roof.html").stat().st_size > 10**6
+    assert litezoo(*words, "--json") in (0, None)
+    values = json.loads(capsys.readouterr().out)
+    assert values["flops"] == 2 * values["macs"] and values["ms"] > 0
+    assert values["layers"][0]["bound"] in ("compute", "memory", "launch")
+
+
+def test_profile_of_the_train_form_has_the_deploy_form_beside_it(capsys):
+    assert litezoo("profile", "repvgg_tiny", "--train-form") in (0, None)
+    text = capsys.readouterr().out
+    assert "train form" in text and "deploy form" in text
+
+
+def test_profile_says_what_to_type_where_a_device_has_no_ceilings(capsys):
+    assert litezoo("profile", "repvgg_tiny", "--device", "arm-phone") in (0, None)
+    assert "litezoo ceilings --device arm-phone" in capsys.readouterr().out
+    assert litezoo("profile", "repvgg_tiny", "--device", "arm-phone", "--html", "roof.html") == 4
 
 
 # ----------------------------------------------------------------------------------------- Python

@@ -259,7 +259,12 @@ import torch
 with torch.device("meta"):
     fuse(create_model("repvgg_a0"))
 """
-    optional = OPTIONAL - {"cuda", "packaging", "psutil"}  # torch imports these if they are there
+    optional = OPTIONAL - {
+        "cuda",
+        "packaging",
+        "psutil",
+        "pynvml",
+    }  # torch imports these if they are there
     assert imported_by(code) & optional == set()
 
 

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name, wrong_words
 
 if TYPE_CHECKING:
+    from litezoo.benchmarks.profiling import Profile
     from litezoo.export.artifact import Accuracy, Engine
     from litezoo.export.parity import Parity
 
@@ -481,6 +482,10 @@ def _bench_parser(parser: ArgumentParser) -> None:
                         help="also the same network of timm or torchvision: eager, compile, "
                         "onnxruntime, openvino (default: all of them)")  # fmt: skip
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--gpu-truth", action="store_true",
+                        help="instead: an NVIDIA GPU's GPU-Util next to what it hides")  # fmt: skip
+    parser.add_argument("--gpu", type=int, default=0, help="which GPU, as PyTorch numbers them")
+    parser.add_argument("--picture", type=Path, help="with --gpu-truth: an HTML file to draw it to")
     parser.add_argument("--import", type=Path, dest="result", metavar="FILE",
                         help="append what a build kit measured (its result.json) instead; FOLDERS "
                         "may name the artifact that the kit was made in")  # fmt: skip
@@ -505,9 +510,46 @@ def _import(args: Namespace) -> None:
     _show(rows, as_json=args.json, text=text)
 
 
+def _gpu_truth(args: Namespace) -> None:
+    from litezoo.benchmarks.gpu_demo import (
+        COLUMNS,
+        append_truth,
+        columns_of,
+        measure_truth,
+        write_picture,
+    )
+    from litezoo.benchmarks.results import results_folder
+
+    with _steps() as progress:
+        rows = measure_truth(
+            gpu=args.gpu, device=None if args.device == "cpu" else args.device, progress=progress
+        )
+        file = append_truth(rows, (args.results or results_folder()) / "gpu")
+        if args.picture is not None:
+            write_picture(rows, args.picture)
+
+    def text() -> None:
+        counters = rows[0].counters
+        _table(
+            f"{counters.gpu}, driver {counters.driver}: GPU-Util and what it hides",
+            COLUMNS,
+            [columns_of(row) for row in rows],
+        )
+        for row in rows:
+            print(f"{row.case}: {row.what}")
+            for sentence in row.sentences:
+                print(f"  {sentence}")
+        print(f"appended {len(rows)} rows to {file}")
+
+    _show(rows, as_json=args.json, text=text)
+
+
 def _bench(args: Namespace) -> None:
     if args.result is not None:
         _import(args)
+        return
+    if args.gpu_truth:
+        _gpu_truth(args)
         return
     from litezoo.benchmarks.measure import (
         candidates_of,
@@ -569,6 +611,261 @@ def _bench(args: Namespace) -> None:
             )
 
     _show(rows, as_json=args.json, text=text)
+
+
+def _profile_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="a name of `litezoo list`, or an ONNX file")
+    parser.add_argument("--device", help="whose ceilings give the times (a name of `litezoo "
+                        "devices`)")  # fmt: skip
+    parser.add_argument("--batch", type=int, help="images at once (default: 1, or what an ONNX "
+                        "file fixes)")  # fmt: skip
+    parser.add_argument("--resolution", type=int, help="height and width (default: the model's, or "
+                        "what an ONNX file fixes)")  # fmt: skip
+    parser.add_argument("--precision", help="default: the device's best, else fp32; of an ONNX "
+                        "file its own")  # fmt: skip
+    parser.add_argument("--train-form", action="store_true", help="before fusing, beside the "
+                        "deploy form: what fusing saves")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="draw the roofline too")
+    parser.add_argument("--layers", type=int, default=10, help="rows of the most expensive layers "
+                        "(default: 10)")  # fmt: skip
+
+
+def _profile(args: Namespace) -> None:
+    from litezoo.benchmarks.profiling import profile
+
+    with _steps() as progress:
+        result = profile(
+            args.model, device=args.device, batch=args.batch, resolution=args.resolution,
+            precision=args.precision, train_form=args.train_form, progress=progress,
+        )  # fmt: skip
+        if args.html is not None:
+            from litezoo.benchmarks.draw_roofline import write_roofline
+
+            progress(f"drawing {args.html}")
+            write_roofline(result, args.html)
+
+    def text() -> None:
+        _profile_text(result, args.layers)
+        if args.html is not None:
+            print(f"roofline: {args.html}")
+
+    _show(result.to_dict(), as_json=args.json, text=text)
+
+
+def _profile_text(result: Profile, count: int) -> None:
+    from litezoo.benchmarks.graph import KINDS
+
+    forms = [result] if result.deploy is None else [result, result.deploy]
+
+    def cells(value: Callable[[Profile], str]) -> tuple[str, ...]:
+        return tuple(value(form) for form in forms)
+
+    def share(form: Profile, kind: str) -> str:
+        own = form.share(kind)
+        parts = (("MACs", "macs"), ("bytes unfused", "unfused_bytes"), ("bytes", "fused_bytes"),
+                 ("time", "ms"))  # fmt: skip
+        return ", ".join(
+            f"{100 * number:.1f} % of {words}"
+            for words, key in parts
+            if (number := own[key]) is not None and (words != "MACs" or kind == "depthwise")
+        )
+
+    rows = [
+        ("parameters", *cells(lambda p: f"{p.params:,}")),
+        ("MACs", *cells(lambda p: f"{p.macs / 1e6:,.2f} M")),
+        ("FLOPs (2 per MAC)", *cells(lambda p: f"{p.flops / 1e6:,.2f} M")),
+        ("activations", *cells(lambda p: f"{p.activations / 1e6:,.2f} M")),
+        ("kernels, unfused", *cells(lambda p: str(p.unfused.kernels))),
+        ("kernels, fused", *cells(lambda p: str(p.fused.kernels))),
+        ("longest path, branches", *cells(
+            lambda p: f"{p.fused.longest_path}, {p.fused.branches} "
+            f"(fragmentation {p.fused.fragmentation:.2f})")),
+        ("memory access, unfused", *cells(lambda p: f"{p.unfused.memory_bytes / 1e6:,.2f} MB")),
+        ("memory access, fused", *cells(
+            lambda p: f"{p.fused.memory_bytes / 1e6:,.2f} MB (weights "
+            f"{p.fused.weight_bytes / 1e6:,.2f}, in {p.fused.input_bytes / 1e6:,.2f}, out "
+            f"{p.fused.output_bytes / 1e6:,.2f})")),
+        ("intensity, fused", *cells(lambda p: f"{p.intensity:.1f} FLOP/B")),
+        ("element-wise", *cells(lambda p: share(p, "elementwise"))),
+        ("depthwise", *cells(lambda p: share(p, "depthwise"))),
+        ("least time", *cells(lambda p: "-" if p.ms is None else f"{p.ms:.4f} ms")),
+    ]  # fmt: skip
+    size = "x".join(map(str, result.resolution))
+    where = f" on {result.device}" if result.device else ""
+    _table(
+        f"{result.model}{where}: {result.precision}, batch {result.batch}, {size}",
+        ("", *(f"{form.graph_form} form" if form.deploy or len(forms) > 1 else form.graph_form
+               for form in forms)),
+        rows,
+    )  # fmt: skip
+    lines = []
+    for index in result.most_expensive(count):
+        layer = result.layers[index]
+        time = result.times[index] if result.times else None
+        lines.append(
+            (
+                layer.name,
+                layer.module,
+                " + ".join(layer.operators),
+                KINDS[layer.kind].split(" (")[0],
+                layer.dtype,
+                "x".join(map(str, layer.out_shape)),
+                f"{layer.macs / 1e6:.2f}",
+                f"{layer.memory_bytes / 1e6:.3f}",
+                f"{layer.intensity:.1f}",
+                "-" if time is None else f"{1e3 * time.ms:.2f}",
+                "-" if time is None else time.bound,
+            )
+        )
+    _table(
+        f"the {len(lines)} most expensive of {len(result.layers)} layers, by "
+        f"{'time' if result.times else 'bytes'}",
+        (
+            "layer",
+            "module",
+            "operators",
+            "kind",
+            "type",
+            "output",
+            "MACs M",
+            "MB",
+            "FLOP/B",
+            "us",
+            "bound",
+        ),
+        lines,
+    )
+    for finding in result.findings:
+        print(f"{finding.rule}: {finding}")
+    if result.note:
+        print(result.note)
+
+
+def _ceilings_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="this machine's CPU, or the GPU in it by a "
+                        "name of `litezoo devices` (default: cpu)")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+
+
+def _ceilings(args: Namespace) -> None:
+    from litezoo.benchmarks.ceilings import ceilings_table, measure_ceilings, write_ceilings
+
+    with _steps() as progress:
+        found = measure_ceilings(args.device, threads=args.threads, progress=progress)
+    folder = None if args.results is None else args.results / "ceilings"
+    file = write_ceilings(found, folder=folder)
+
+    def text() -> None:
+        _table(
+            f"{found.machine.versions.get('gpu', found.machine.cpu)}, {found.threads} threads",
+            ("what", "dtype", "library", "value", "unit", "spread", ""),
+            ceilings_table(found),
+        )
+        peaks = ", ".join(
+            f"{dtype} {peak:.4g}" for dtype, peak in found.peak_tera_ops_per_s.items()
+        )
+        layers = ", ".join(f"{name} {cost:.3g}" for name, cost in found.layer_us.items())
+        print(
+            f"tera-operations a second: {peaks}\n"
+            f"GB a second, read plus written: {found.memory_gb_per_s:.4g} from memory, "
+            f"{found.cache_gb_per_s:.4g} in the cache\n"
+            f"us of a session that does nothing: {found.launch_us:.3g}; of each further layer: "
+            f"{layers}"
+        )
+        for label, reason in found.not_measured.items():
+            print(f"{label}: not measured ({reason})")
+        print(f"ceilings: {file}")
+
+    _show(found, as_json=args.json, text=text)
+
+
+def _guidelines_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="a name of `litezoo devices` that is here "
+                        "(default: cpu)")  # fmt: skip
+    parser.add_argument("--runtime", help="a runtime, or pytorch-eager (default: the device's "
+                        "first that can run here)")  # fmt: skip
+    parser.add_argument("--precision", default="fp32", help="default: fp32")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, on which "
+                        "differences under 15 %% can be told)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument("--rules", nargs="+", default=[], metavar="RULE",
+                        help="only these (default: all)")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="smaller networks, fewer rounds")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--out", type=Path, default=Path("guidelines.html"),
+                        help="the page of drawings to write")  # fmt: skip
+
+
+def _guidelines(args: Namespace) -> None:
+    from litezoo.models.errors import require
+
+    require("plotly", purpose="the drawings", extra="report")  # before anything slow
+    from litezoo.benchmarks.draw_guidelines import write_guidelines
+    from litezoo.benchmarks.guidelines import (
+        append_guidelines,
+        compare_runs,
+        guidelines_file,
+        measure_guidelines,
+        read_guidelines,
+    )
+
+    folder = None if args.results is None else args.results / "guidelines"
+    file = guidelines_file(args.device, folder=folder)
+    before = read_guidelines([file]) if file.is_file() else []
+    with _steps() as progress:
+        run = measure_guidelines(
+            args.device,
+            runtime=args.runtime,
+            precision=args.precision,
+            threads=args.threads,
+            batch=args.batch,
+            quick=args.quick,
+            rules=args.rules,
+            progress=progress,
+        )
+    rows = run.rows
+    append_guidelines(rows, folder=folder)
+    write_guidelines([*before, *rows], args.out)
+    agreement = compare_runs(rows, before)
+
+    def text() -> None:
+        _table(
+            f"{rows[0].machine.versions.get('gpu', rows[0].machine.cpu)}: {rows[0].runtime} "
+            f"{rows[0].precision}, batch {args.batch}, {args.threads} threads; ratio: cost of the "
+            "one over the other's",
+            ("rule", "verdict", "ratio", "95 %", "noise", "compared"),
+            [
+                (
+                    row.rule,
+                    row.verdict + (" (close)" if row.close else ""),
+                    f"{row.ratio:.2f}",
+                    f"{row.low:.2f} to {row.high:.2f}",
+                    f"{row.band:.0%}",
+                    f"{row.slow} / {row.fast}" + (", per MAC" if row.per == "mac" else ""),
+                )
+                for row in rows
+            ],
+        )
+        for row in rows:
+            if "; " in row.finding.partition("is noise")[2]:
+                print(f"{row.rule}: {row.finding.rpartition('; ')[2]}")
+        for experiment, reason in run.left_out.items():
+            print(f"{experiment}: not measured ({reason})")
+        if agreement.compared:
+            same = agreement.compared - len(agreement.differ)
+            print(f"as in the run before: {same} of {agreement.compared} verdicts")
+        for difference in agreement.differ:
+            print(f"  {difference}")
+        print(f"appended {len(rows)} rows to {file}\ndrawings: {args.out}")
+
+    values = {
+        "rows": rows,
+        "left_out": run.left_out,
+        "compared": agreement.compared,
+        "differ": agreement.differ,
+    }
+    _show(values, as_json=args.json, text=text)
 
 
 def _report_parser(parser: ArgumentParser) -> None:
@@ -672,16 +969,16 @@ _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespa
     "export": ("build verified engines for a device", _export_parser, _export),
     "verify": ("check an artifact: hashes, loading, parity", _verify_parser, _verify),
     "bench": ("measure artifacts and append to the results", _bench_parser, _bench),
+    "profile": ("what a network costs, layer by layer", _profile_parser, _profile),
+    "ceilings": ("measure this machine's peaks", _ceilings_parser, _ceilings),
+    "guidelines": ("measure the design rules on a chip", _guidelines_parser, _guidelines),
     "report": ("one HTML page of all results", _report_parser, _report),
 }
 _TRAIN_HELP = "train a model by a recipe"
 #: Verbs of the contract that later versions bring, and what serves meanwhile.
 _LATER = {
-    "profile": "`litezoo info MODEL` has parameters and MACs",
-    "guidelines": "`litezoo bench` measures whole networks",
     "pick": "`litezoo list` and the results table in README.md have the numbers to pick by",
     "predict": "`litezoo bench` measures instead",
-    "ceilings": "`litezoo bench` measures whole networks",
 }
 
 
