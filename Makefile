@@ -35,7 +35,7 @@ demo: $(STAMP) ## the main job on the embedded digits: train, fuse, export for t
 	$(ZOO) train repvgg_a0 --data digits
 	$(ZOO) export --device cpu --out artifacts/demo
 	$(ZOO) verify artifacts/demo
-	$(ZOO) bench artifacts/demo --pytorch --batch 1 32 --results runs/demo
+	$(ZOO) bench artifacts/demo --pytorch --end-to-end --keep-disturbed --results runs/demo
 
 train-%: $(STAMP) FORCE ## train a family or model: make train-repvgg [DATA=dir] [ARGS="--trainer.max_epochs 3"]
 	$(ZOO) train $* --data '$(DATA)' $(ARGS)
@@ -43,11 +43,11 @@ train-%: $(STAMP) FORCE ## train a family or model: make train-repvgg [DATA=dir]
 export: $(STAMP) ## verified engines: make export DEVICE=t4 [MODEL=] [WEIGHTS=tag|file|random] [PRECISION=] [OUT=]
 	$(ZOO) export $(MODEL) --device $(DEVICE) $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(PRECISION),--precision $(PRECISION)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-bench: $(STAMP) ## measure exported engines, append to benchmarks/results: make bench DEVICE=cpu [MODELS="a b"]
-	$(ZOO) bench --device $(DEVICE) $(if $(MODELS),--models $(MODELS)) $(ARGS)
+bench: $(STAMP) ## measure the reference set, or MODELS, beside timm: make bench DEVICE=cpu [MODELS="a b"]
+	$(ZOO) bench --device $(DEVICE) $(if $(MODELS),--models $(MODELS),--reference-set --peers) $(ARGS)
 
-profile: $(STAMP) ## parameters, MACs, bytes moved, roofline time per layer: make profile MODEL= DEVICE=
-	$(ZOO) profile $(MODEL) --device $(DEVICE) $(ARGS)
+profile: $(STAMP) ## parameters, MACs, bytes moved, roofline time per layer: make profile MODEL= DEVICE= [HTML=]
+	$(ZOO) profile $(MODEL) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(HTML),--html '$(HTML)') $(ARGS)
 
 guidelines: $(STAMP) ## measure the design rules on this chip: make guidelines DEVICE=
 	$(ZOO) guidelines --device $(DEVICE) $(ARGS)
@@ -81,6 +81,7 @@ types: $(STAMP) ## mypy --strict, and pyright on the public API
 docs: $(STAMP) ## run the README's commands and check its table
 	$(BIN)/python tests/run_readme.py README.md
 	$(ZOO) report --readme README.md --check
+	$(ZOO) bench --check
 
 wheel: $(STAMP) ## install the wheel in a fresh environment and drive it from outside the checkout
 	$(BIN)/python tests/drive_wheel.py

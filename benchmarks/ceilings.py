@@ -29,9 +29,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from litezoo.export.runtime import Array, get_runtime
 from litezoo.models.errors import CheckFailed, MissingError, UsageError, first_line, require
@@ -39,8 +40,8 @@ from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device, get_device
 
 from .machine import Machine, read_machine, usable_cpus
-from .measure import PROTOCOL, _block, _interleave, _pinned, check_conditions
-from .results import results_folder
+from .measure import PROTOCOL, Medians, check_conditions, empty_session_us, interleave, spread
+from .rows import STRICT, results_folder, why_invalid
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,6 @@ _CONVOLUTIONS: tuple[Kind, ...] = ("conv3x3", "depthwise3x3")
 _MEMORY: tuple[Kind, ...] = ("copy", "read", "cache")
 _TINY: tuple[Kind, ...] = ("call", "layer")
 _DTYPES = ("fp32", "bf16", "fp16", "int8")
-#: Blocks of the empty session: a fiftieth of a second holds tens of thousands of calls.
-_EMPTY_BLOCK_S, _EMPTY_BLOCKS = 0.02, 9
 #: Layers of the deep twin of the network of one tiny layer, and its channels and pixels a side.
 _DEEP, _TINY_CHANNELS, _TINY_SIDE = 65, 8, 4
 _OPSET, _IR_VERSION = 20, 10
@@ -99,6 +98,8 @@ class Ceilings:
     and written; `launch_us` is the harness's own share of every time (a session that does nothing),
     `layer_us` what a layer costs besides its work, by library; `not_measured` says why not.
     """
+
+    __pydantic_config__: ClassVar[dict[str, object]] = STRICT
 
     device: str
     machine: Machine
@@ -256,14 +257,6 @@ class _Timed:
         return batch
 
 
-class _Nothing:
-    """The empty session."""
-
-    def run(self, batch: Array) -> Array:
-        """Return the batch."""
-        return batch
-
-
 def measure_ceilings(
     device: str = "cpu",
     *,
@@ -302,7 +295,7 @@ def measure_ceilings(
                 group, own, threads=count, seed=seed, not_measured=not_measured, progress=progress
             )
         progress("timing a session that does nothing")
-        launch_us = _launch_us(count)
+        launch_us = empty_session_us(count)
     ways, layer_us = _with_layers(ways)
     return Ceilings(
         device=chosen.name,
@@ -389,16 +382,13 @@ def _measure_group(
         jobs.append(job)
     if not jobs:
         return []
-    blocks = _interleave(
+    found = interleave(
         [(job.label, _Timed(job), _ONE) for job in jobs],
         threads=threads,
         seed=seed,
         progress=lambda step: progress(f"{group}: {step.removeprefix('batch 1: ')}"),
     )
-    return [
-        _way(job, [float(np.median(block)) for block in own])
-        for job, own in zip(jobs, blocks, strict=True)
-    ]
+    return [_way(job, own.medians) for job, own in zip(jobs, found, strict=True)]
 
 
 def _check_numbers(result: object) -> None:
@@ -412,10 +402,9 @@ def _check_numbers(result: object) -> None:
         raise CheckFailed("gives nothing but zeros")
 
 
-def _way(job: _Job, medians: Sequence[float]) -> Way:
+def _way(job: _Job, medians: Medians) -> Way:
     """Return a job's way from its block medians in ms."""
-    low, middle, high = np.percentile(medians, (25, 50, 75))
-    best_s = min(medians) / 1e3
+    best_s = float(medians.min()) / 1e3
     value = {
         "tera-ops/s": job.work / best_s / 1e12,
         "GB/s": job.work / best_s / 1e9,
@@ -428,21 +417,13 @@ def _way(job: _Job, medians: Sequence[float]) -> Way:
         dtype=job.dtype,
         value=_digits(value),
         unit=job.unit,
-        spread=round(float((high - low) / middle), 3),
+        spread=spread(medians),
     )
 
 
 def _digits(value: float) -> float:
     """Return a number to four digits."""
     return float(f"{value:.4g}")
-
-
-def _launch_us(threads: int) -> float:
-    """Return the median time of a session that does nothing, in microseconds."""
-    empty = _Nothing()
-    with _pinned(threads):
-        times = [t for _ in range(_EMPTY_BLOCKS) for t in _block(empty, _ONE, _EMPTY_BLOCK_S)]
-    return _digits(1e3 * float(np.median(times)))
 
 
 def _with_layers(ways: Sequence[Way]) -> tuple[list[Way], dict[str, float]]:
@@ -922,18 +903,12 @@ def read_ceilings(device: str, *, folder: Path | None = None) -> Ceilings | None
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')} is not {SCHEMA}")
-        machine = values["machine"]
-        return Ceilings(
-            **{
-                **values,
-                "machine": Machine(**{**machine, "isa": tuple(machine["isa"])}),
-                "how": tuple(Way(**way) for way in values["how"]),
-            }
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return TypeAdapter(Ceilings).validate_json(json.dumps(values), strict=True)
+    except (AttributeError, ValueError) as error:
+        reason = why_invalid(error) if isinstance(error, ValidationError) else str(error)
         raise CheckFailed(
-            f"{file} holds no ceilings ({error}); measure them again: litezoo ceilings "
-            f"--device {device}"
+            f"{file} holds no ceilings ({reason}); measure them again: litezoo ceilings --device "
+            f"{device}"
         ) from error
 
 

@@ -16,17 +16,15 @@ noise: they cost the same time.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from litezoo.models.errors import CheckFailed, MissingError, UsageError, require, unknown_name
+from litezoo.models.errors import MissingError, UsageError, require, unknown_name
 from litezoo.models.files import write_whole
 from litezoo.recipes.devices import Device, get_device
 
@@ -42,6 +40,7 @@ from .gpu_counters import (
     watch_gpu,
 )
 from .machine import Machine, read_machine
+from .rows import STRICT, Store
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +98,8 @@ class Truth:
     `counters.seconds`; `sentences` are `explain`'s.
     """
 
+    __pydantic_config__: ClassVar[dict[str, object]] = STRICT
+
     case: str
     what: str
     device: str
@@ -113,6 +114,15 @@ class Truth:
     protocol: str
     date: str
     schema: int = SCHEMA
+
+
+_STORE = Store(
+    row=Truth,
+    name="row of GPU truth",
+    file_name="results",
+    command="litezoo bench --gpu-truth",
+    schemas=(SCHEMA,),
+)
 
 
 # ------------------------------------------------------------------------------- cases
@@ -444,41 +454,10 @@ def append_truth(rows: Sequence[Truth], folder: Path) -> Path:
     """
     if not rows:
         raise UsageError("there is nothing to append; measure first: litezoo bench --gpu-truth")
-    folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub("[^a-z0-9]+", "-", rows[0].counters.gpu.lower()).strip("-")
-    file = folder / f"{rows[0].device or slug}.jsonl"
-    lines = [json.dumps(dataclasses.asdict(row), default=dict) + "\n" for row in rows]
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write("".join(lines))
-        stream.flush()
-        os.fsync(stream.fileno())
-    return file
+    return _STORE.append(rows, folder / f"{rows[0].device or slug}.jsonl")
 
 
 def read_truth(file: Path) -> list[Truth]:
     """Read rows; a damaged line is a CheckFailed with file and line number."""
-    if not file.is_file():
-        raise UsageError(f"no results {file}; measure first: litezoo bench --gpu-truth")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(_row(json.loads(line)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckFailed(f"{file}:{number} is not a row of GPU truth: {error}") from error
-    return rows
-
-
-def _row(values: dict[str, Any]) -> Truth:
-    if values.get("schema") != SCHEMA:
-        raise ValueError(f"schema {values.get('schema')} is not {SCHEMA}")
-    machine = values["machine"]
-    return Truth(
-        **{
-            **values,
-            "counters": GpuCounters(**values["counters"]),
-            "achieved": Achieved(**values["achieved"]),
-            "kernels": KernelProfile(**values["kernels"]),
-            "sentences": tuple(values["sentences"]),
-            "machine": Machine(**{**machine, "isa": tuple(machine["isa"])}),
-        }
-    )
+    return _STORE.read([file])

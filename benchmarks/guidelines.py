@@ -21,9 +21,6 @@ up to twice as often, and what is still close may come out otherwise in the next
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +28,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +38,8 @@ from litezoo.models.errors import CheckFailed, MissingError, UsageError
 from litezoo.recipes.devices import Device, get_device
 
 from .machine import Machine, read_machine
-from .measure import PROTOCOL, _interleave, check_conditions
-from .results import results_folder
+from .measure import PROTOCOL, Timed, check_conditions, interleave, interval
+from .rows import STRICT, Store, newest, results_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -109,6 +106,8 @@ class Guideline:
     result in a sentence.
     """
 
+    __pydantic_config__: ClassVar[dict[str, object]] = STRICT
+
     rule: str
     claim: str
     source: str
@@ -146,6 +145,15 @@ class Guideline:
         )  # fmt: skip
 
 
+_STORE = Store(
+    row=Guideline,
+    name="guideline row",
+    file_name="guidelines",
+    command="litezoo guidelines",
+    schemas=(SCHEMA,),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidelines:
     """One run: a row for each rule that was measured, and why the experiments `left_out` were not.
@@ -166,12 +174,10 @@ def ratio_interval(slow: Medians, fast: Medians, *, seed: int = 0) -> tuple[floa
     Both are the block medians (rounds,) of two networks in the same rounds.
     """
     quotients = slow / fast
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(quotients), (_RESAMPLES, len(quotients)))
-    medians = np.median(quotients[drawn], axis=1)
-    edge = (100 - _CONFIDENCE_PERCENT) / 2
-    low, high = np.percentile(medians, (edge, 100 - edge))
-    return float(np.median(quotients)), float(low), float(high)
+    low, high = interval(
+        lambda drawn: np.median(quotients[drawn], axis=1), len(quotients), seed=seed
+    )
+    return float(np.median(quotients)), low, high
 
 
 def noise_band(control: float, *, threads: int) -> float:
@@ -235,9 +241,9 @@ class _Experiment:
     control_of: str
     medians: Medians = field(default_factory=lambda: np.zeros((0, 0)))
 
-    def add(self, blocks: Sequence[Sequence[Sequence[float]]]) -> None:
+    def add(self, found: Sequence[Timed]) -> None:
         """Take the blocks of one more interleaved run."""
-        medians = np.array([[np.median(block) for block in own] for own in blocks])
+        medians = np.array([own.medians for own in found])
         self.medians = np.hstack([self.medians, medians]) if self.medians.size else medians
 
     def of(self, name: str) -> Medians:
@@ -570,7 +576,7 @@ def _measure(
         ]
         for experiment in rng.sample(due, len(due)):
             experiment.add(
-                _interleave(
+                interleave(
                     experiment.runs,
                     threads=threads,
                     seed=rng.randrange(2**32),
@@ -690,57 +696,17 @@ def guidelines_file(device: str, *, folder: Path | None = None) -> Path:
 
 def append_guidelines(rows: Sequence[Guideline], *, folder: Path | None = None) -> list[Path]:
     """Append rows to their devices' files, each line whole; return the files."""
-    files = []
-    for device in dict.fromkeys(row.device for row in rows):
-        file = guidelines_file(device, folder=folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            json.dumps(dataclasses.asdict(row), default=dict) + "\n"
-            for row in rows
-            if row.device == device
-        ]
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write("".join(lines))
-            stream.flush()
-            os.fsync(stream.fileno())
-        files.append(file)
-    return files
+    return _STORE.append_by_device(rows, folder or results_folder() / "guidelines")
 
 
 def read_guidelines(files: Iterable[Path]) -> list[Guideline]:
     """Read files of rows; a damaged line is a CheckFailed with file and line number."""
-    rows = []
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"no guidelines {file}; measure first: litezoo guidelines")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                rows.append(_from_json(json.loads(line)))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise CheckFailed(f"{file}:{number} is not a guideline row: {error}") from error
-    return rows
-
-
-def _from_json(values: Mapping[str, Any]) -> Guideline:
-    if values.get("schema") != SCHEMA:
-        raise ValueError(f"schema {values.get('schema')} is not {SCHEMA}")
-    machine = values["machine"]
-    return Guideline(
-        **{
-            **values,
-            "variants": tuple(VariantCost(**variant) for variant in values["variants"]),
-            "machine": Machine(**{**machine, "isa": tuple(machine["isa"])}),
-        }
-    )
+    return _STORE.read(files)
 
 
 def latest_guidelines(rows: Iterable[Guideline]) -> list[Guideline]:
     """Keep the newest row of each rule and conditions, in order of first appearance."""
-    newest: dict[tuple[object, ...], Guideline] = {}
-    for row in rows:
-        if row.conditions not in newest or row.date >= newest[row.conditions].date:
-            newest[row.conditions] = row
-    return list(newest.values())
+    return newest(rows, lambda row: row.conditions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,10 @@ __all__ = ["Machine", "read_machine"]
 _ISA = (
     "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile",
     "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve",
+)  # fmt: skip
+#: Packages whose versions decide on a time; either name of ONNX Runtime's.
+_PACKAGES = (
+    "litezoo", "torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "ncnn",
 )  # fmt: skip
 
 
@@ -60,11 +65,9 @@ def read_machine(packages: Mapping[str, str] | None = None) -> Machine:
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     have = set(flags[1].split()) if flags else set()
     versions = {"python": platform.python_version()}
-    for package in ("litezoo", "torch", "onnxruntime", "openvino"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package.removesuffix("-gpu")] = version(package)
     governor = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip()
     return Machine(
         cpu=name[1] if name else platform.processor() or platform.machine() or "unknown",

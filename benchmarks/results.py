@@ -1,113 +1,75 @@
-"""The store of results: one JSON line for each measurement, and the tables made from it."""
+"""Result rows: their store, the newest of each set of conditions, and the README's table."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from litezoo.models.errors import CheckFailed, UsageError
+from litezoo.models.errors import UsageError
 
-from .machine import Machine
 from .measure import SCHEMA, Measurement
+from .rows import Store, newest, results_folder
 
-__all__ = ["append_rows", "markdown_table", "read_rows", "refresh_readme", "results_folder"]
+__all__ = ["append_rows", "latest", "markdown_table", "read_rows", "refresh_readme"]
 
 BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
+STORE = Store(
+    row=Measurement,
+    name="result row",
+    file_name="results",
+    command="litezoo bench",
+    schemas=(1, SCHEMA),
+)
 
 
-def results_folder() -> Path:
-    """Return benchmarks/results of the checkout, or ./benchmarks/results elsewhere."""
-    return Path("benchmarks/results")
-
-
-def append_rows(rows: Sequence[Measurement], folder: Path) -> list[Path]:
-    """Append rows to <device>.jsonl in `folder`, each line whole; return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for device in dict.fromkeys(row.device for row in rows):
-        file = folder / f"{device}.jsonl"
-        lines = [
-            json.dumps(dataclasses.asdict(row), default=dict) + "\n"
-            for row in rows
-            if row.device == device
-        ]
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write("".join(lines))
-            stream.flush()
-            os.fsync(stream.fileno())
-        files.append(file)
-    return files
-
-
-def _row(values: dict[str, Any]) -> Measurement:
-    if values.get("schema") != SCHEMA:
-        raise ValueError(f"schema {values.get('schema')} is not {SCHEMA}")
-    machine = values["machine"]
-    return Measurement(
-        **{
-            **values,
-            "resolution": tuple(values["resolution"]),
-            "machine": Machine(**{**machine, "isa": tuple(machine["isa"])}),
-        }
-    )
+def append_rows(rows: Sequence[Measurement], folder: Path | None = None) -> list[Path]:
+    """Append rows to <device>.jsonl in `folder` (default: benchmarks/results); return the files."""
+    return STORE.append_by_device(rows, folder or results_folder())
 
 
 def read_rows(files: Iterable[Path]) -> list[Measurement]:
     """Read result files; a damaged line is a CheckFailed with file and line number."""
-    rows = []
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"no results {file}; measure first: litezoo bench")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                rows.append(_row(json.loads(line)))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise CheckFailed(f"{file}:{number} is not a result row: {error}") from error
-    return rows
+    return STORE.read(files)
+
+
+def conditions(row: Measurement) -> tuple[object, ...]:
+    """Return what has to be the same for two rows to be of the same question."""
+    return (
+        row.device, row.machine.cpu, row.machine.versions.get("gpu"), row.model, row.resolution,
+        row.runtime, row.precision, row.graph_form, row.batch, row.threads, row.streams, row.scope,
+        row.weights, row.protocol,
+    )  # fmt: skip
 
 
 def latest(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Keep the newest row (by date) of each set of conditions, in order of first appearance."""
-    newest: dict[tuple[object, ...], Measurement] = {}
-    for row in rows:
-        key = (
-            row.device, row.machine.cpu, row.model, row.resolution, row.runtime, row.precision,
-            row.graph_form, row.batch, row.threads, row.weights, row.protocol,
-        )  # fmt: skip
-        if key not in newest or row.date >= newest[key].date:
-            newest[key] = row
-    return list(newest.values())
+    """Keep the newest row that may be published of each set of conditions, in order."""
+    return newest((row for row in rows if not row.refused), conditions)
 
 
 def markdown_table(rows: Iterable[Measurement]) -> str:
     """Return the README's table: a line for each model, of each batch and threads the fastest."""
-    newest = latest(rows)
+    shown = [row for row in latest(rows) if (row.streams, row.scope) == (1, "engine")]
     fastest: dict[tuple[object, ...], Measurement] = {}
-    for row in newest:
+    for row in shown:
         key = (row.device, row.model, row.resolution, row.batch, row.threads)
         if key not in fastest or row.images_per_s > fastest[key].images_per_s:
             fastest[key] = row
-    conditions = sorted({(row.batch, -row.threads) for row in newest})
+    conditions = sorted({(row.batch, -row.threads) for row in shown})
     names = [f"batch {batch}, {_count(-threads, 'thread')}" for batch, threads in conditions]
     lines = [
         f"| device | model | input | {' | '.join(names)} |",
         f"|---|---|---|{'---|' * len(names)}",
     ]
-    for device, model, size in dict.fromkeys((r.device, r.model, r.resolution) for r in newest):
+    for device, model, size in dict.fromkeys((r.device, r.model, r.resolution) for r in shown):
         found = (fastest.get((device, model, size, b, -t)) for b, t in conditions)
         cells = " | ".join("-" if row is None else _cell(row) for row in found)
         lines.append(f"| {device} | {model} | {'x'.join(map(str, size))} | {cells} |")
-    rows = newest
     machines = dict.fromkeys(
         f"{row.device}: {row.machine.cpu}, {row.machine.cores} cores "
         f"({', '.join(row.machine.isa)}), "
         + ", ".join(f"{name} {number}" for name, number in row.machine.versions.items())
         + f", protocol {row.protocol}, {row.date[:10]}"
-        for row in rows
+        for row in shown
     )
     return "\n".join([*lines, "", *(f"{machine}." for machine in machines)])
 

@@ -20,7 +20,14 @@ from litezoo.recipes.devices import Device
 
 from .runtime import Array, BuildSource, Objective, Session
 
-__all__ = ["DISABLED_OPTIMIZERS", "RUNTIME", "OnnxSession", "package_version", "session_options"]
+__all__ = [
+    "DISABLED_OPTIMIZERS",
+    "RUNTIME",
+    "OnnxRuntime",
+    "OnnxSession",
+    "package_version",
+    "session_options",
+]
 
 #: Of ONNX Runtime 1.32: with it Q/DQ files typed float16 have errors above 1 (as we read it, a
 #: bias gets the scale s_x * s_w, which is 0 in float16).

@@ -15,19 +15,14 @@ from typing import Any, ClassVar
 from litezoo.models.errors import CheckFailed, MissingError, first_line
 from litezoo.recipes.devices import Device
 
-from .runtime import BuildSource, Objective, Session
-from .runtime_onnxruntime import (
-    DISABLED_OPTIMIZERS,
-    OnnxSession,
-    package_version,
-    session_options,
-)
+from .runtime import Objective, Session
+from .runtime_onnxruntime import DISABLED_OPTIMIZERS, OnnxRuntime, OnnxSession, session_options
 
 __all__ = ["RUNTIME", "OnnxRuntimeCuda"]
 
 
-class OnnxRuntimeCuda:
-    """The CUDA execution provider."""
+class OnnxRuntimeCuda(OnnxRuntime):
+    """The CUDA execution provider; builds as the CPU's does: the ONNX file itself."""
 
     name = "onnxruntime_cuda"
     provider = "CUDAExecutionProvider"
@@ -54,20 +49,6 @@ class OnnxRuntimeCuda:
             return str(error)
         return None
 
-    def versions(self) -> Mapping[str, str]:
-        """Return the package's version."""
-        return {"onnxruntime": package_version()}
-
-    def build(
-        self, source: BuildSource, *, device: Device, precision: str, folder: Path
-    ) -> tuple[Path, ...]:
-        """Return the ONNX file itself."""
-        if (reason := self.missing(device)) is not None:
-            raise MissingError(reason)
-        form = self.precisions[precision]
-        assert form is not None
-        return (source.file(form),)
-
     def load(
         self,
         files: Sequence[Path],
@@ -86,12 +67,13 @@ class OnnxRuntimeCuda:
 
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # those that came with torch
-        settings = self.settings(files[0], device, precision, find_gpu(device))
+        index = find_gpu(device)
+        settings = self.settings(files[0], device, precision, index)
         try:
             session = onnxruntime.InferenceSession(
                 str(files[0]),
                 session_options(threads),
-                providers=[(self.provider, settings), *self.others(find_gpu(device))],
+                providers=[(self.provider, settings), *self.others(index)],
                 disabled_optimizers=DISABLED_OPTIMIZERS,
             )
         except Exception as error:

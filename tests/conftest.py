@@ -1,5 +1,6 @@
 import gc
 import hashlib
+import tempfile
 
 import pytest
 import torch
@@ -62,13 +63,39 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A protocol of measuring that takes an instant; the numbers are not looked at."""
-    from litezoo.benchmarks import measure
+@pytest.fixture(scope="session", autouse=True)
+def _scratch(tmp_path_factory):
+    """What torch, inductor and killed processes leave in the temporary folder goes with pytest's."""
+    folder = tmp_path_factory.mktemp("scratch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield
 
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """A machine on which nothing else runs, whatever else runs."""
+    from litezoo.benchmarks import measure
+    from litezoo.benchmarks.disturbance import Disturbance, Quiet
+
+    none = Disturbance(seconds=0.2, cpus=(0,), foreign_share=0.0, steal_share=0.0)
+    monkeypatch.setattr(
+        measure, "run_quietly", lambda block: Quiet(value=block(), disturbance=none, tries=1)
+    )
+
+
+@pytest.fixture
+def short(monkeypatch, quiet):
+    """A protocol of measuring that takes an instant; the numbers are not looked at."""
+    from litezoo.benchmarks import measure, publish
+
+    for name in ("MOST_SPREAD", "MOST_INTERVAL"):
+        monkeypatch.setattr(publish, name, float("inf"))
     values = {"BLOCK_S": 0.002, "IDLE_S": 0.0, "MIN_ROUNDS": 2, "MIN_SECONDS": 0.004}
     values |= {"MIN_RUNS": 4, "WARMUP_BLOCK_S": 0.001, "WARMUP_LIMIT_S": 0.005}
+    values |= {"EMPTY_BLOCK_S": 1e-4}
     for name, value in values.items():
         monkeypatch.setattr(measure, name, value)
 

@@ -24,7 +24,9 @@ from litezoo.benchmarks.ceilings import (
     read_ceilings,
     write_ceilings,
 )
+from litezoo.benchmarks.disturbance import Disturbance, Quiet
 from litezoo.benchmarks.machine import read_machine
+from litezoo.benchmarks.measure import Timed
 from litezoo.export import runtime_openvino, runtime_pytorch
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
 
@@ -37,15 +39,7 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Shorten the protocol: what is tested here is not how well it measures."""
-    for name, value in {
-        "BLOCK_S": 1e-4, "IDLE_S": 0, "MIN_ROUNDS": 2, "MIN_SECONDS": 0, "MIN_RUNS": 1,
-        "WARMUP_BLOCK_S": 1e-4, "WARMUP_LIMIT_S": 1e-3,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(protocol, name, value)
-    monkeypatch.setattr(module, "_EMPTY_BLOCK_S", 1e-4)
+NONE = Disturbance(seconds=0.2, cpus=(0,))
 
 
 @pytest.fixture
@@ -58,10 +52,11 @@ def steady(monkeypatch):
         for label, session, batch in runs:
             session.run(batch)
             progress(f"batch 1: warming up {label}")
-            blocks.append([[ms] for ms in times.get(label, (1.0,))])
+            own = [Quiet(value=[ms], disturbance=NONE, tries=1) for ms in times.get(label, (1.0,))]
+            blocks.append(Timed(steady=True, blocks=own))
         return blocks
 
-    monkeypatch.setattr(module, "_interleave", interleave)
+    monkeypatch.setattr(module, "interleave", interleave)
     return times
 
 
@@ -93,7 +88,7 @@ def some(**changes):
         ),
         "not_measured": {"openvino bf16 gemm": "this CPU has no bf16"},
         "date": "2026-11-23T00:00:00+00:00",
-        "protocol": "interleaved-2",
+        "protocol": "interleaved-3",
     }
     return Ceilings(**{**values, **changes})
 
@@ -163,21 +158,11 @@ def test_a_deep_network_alone_says_nothing_of_a_layer():
     assert layers == {} and [entry.kind for entry in ways] == ["gemm"]
 
 
-def test_an_empty_session_takes_what_the_harness_takes(monkeypatch):
-    class Clock:
-        now = 0.0
-
-        def perf_counter(self):
-            self.now += 2e-6
-            return self.now
-
-    monkeypatch.setattr(protocol, "time", Clock())
-    assert module._launch_us(1) == pytest.approx(2.0)
-
-
 def test_pytorch_gets_its_threads_and_has_its_own_again_afterwards(steady, monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "_launch_us", lambda threads: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(
+        module, "empty_session_us", lambda threads: seen.append(torch.get_num_threads())
+    )
     before = torch.get_num_threads()
     with pytest.raises(TypeError):
         measure_ceilings("cpu", threads=before + 1, sizes=SMALL, progress=None)
@@ -401,14 +386,14 @@ def test_memory_is_measured_beyond_the_caches(monkeypatch):
 @given(st.lists(st.floats(0.01, 1e3), min_size=1, max_size=9), st.floats(1e6, 1e12))
 def test_a_rate_is_that_of_the_shortest_block(medians, work):
     made = dataclasses.replace(job(lambda: None), work=work)
-    rate = module._way(made, medians)
+    rate = module._way(made, np.array(medians))
     assert rate.value == pytest.approx(work / min(medians) / 1e9, rel=1e-3)
     assert rate.spread >= 0
-    rate = module._way(dataclasses.replace(made, unit="GB/s"), medians)
+    rate = module._way(dataclasses.replace(made, unit="GB/s"), np.array(medians))
     assert rate.value == pytest.approx(work / min(medians) / 1e6, rel=1e-3)
-    assert module._way(dataclasses.replace(made, unit="us"), medians).value == pytest.approx(
-        1e3 * min(medians), rel=1e-3
-    )
+    assert module._way(
+        dataclasses.replace(made, unit="us"), np.array(medians)
+    ).value == pytest.approx(1e3 * min(medians), rel=1e-3)
 
 
 # --------------------------------------------------------------------------------- on a GPU

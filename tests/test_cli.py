@@ -450,9 +450,12 @@ EXPANSIONS = {
         "export m --device t4 --weights 'w' --precision fp16 --out 'o'"
     ),
     "export MODEL=m WEIGHTS=random ARGS=--json": "export m --device cpu --weights 'random' --json",
-    "bench DEVICE=t4": "bench --device t4",
+    "bench DEVICE=t4": "bench --device t4 --reference-set --peers",
     "bench DEVICE=cpu MODELS='a b'": "bench --device cpu --models a b",
     "profile MODEL=m DEVICE=t4": "profile m --device t4",
+    "profile MODEL=m DEVICE=t4 PRECISION=int8 HTML=p": (
+        "profile m --device t4 --precision int8 --html 'p'"
+    ),
     "guidelines DEVICE=t4": "guidelines --device t4",
     "pick DEVICE=t4 LATENCY_MS=2": "pick --device t4 --latency-ms 2",
     "report": "report",

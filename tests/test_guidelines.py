@@ -340,7 +340,7 @@ class Scripted:
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def scripted(monkeypatch, quiet):
     """Measure made-up rules whose networks take made-up times, `times` by variant, in ms.
 
     `noise` is the machine's: every block of a session is off by its own factor.
@@ -480,7 +480,7 @@ def test_conditions_reach_the_sessions(scripted):
     assert sessions[0].calls > 10
 
 
-def test_an_experiment_that_cannot_be_built_right_is_left_out_with_the_reason(monkeypatch):
+def test_an_experiment_that_cannot_be_built_right_is_left_out_with_the_reason(monkeypatch, quiet):
     clock = Clock()
     monkeypatch.setattr(protocol, "time", clock)
 
@@ -547,15 +547,10 @@ def test_an_engine_that_computes_something_else_is_never_timed(tmp_path, monkeyp
         loaded(tmp_path, EAGER, "fp32")
 
 
-def test_a_whole_rule_is_measured_here(monkeypatch):
-    for name, value in {
-        "BLOCK_S": 1e-4, "IDLE_S": 0, "MIN_ROUNDS": 3, "MIN_SECONDS": 0, "MIN_RUNS": 1,
-        "WARMUP_BLOCK_S": 1e-4, "WARMUP_LIMIT_S": 1e-3,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(protocol, name, value)
+def test_a_whole_rule_is_measured_here(short):
     [row] = measure_guidelines("cpu", runtime=EAGER, quick=True, rules=["one-shot"]).rows
     assert row.rule == "one-shot" and row.quick and row.verdict in module.Verdict.__args__
-    assert row.rounds in (3, 6) and all(v.ms > 0 for v in row.variants)
+    assert row.rounds >= 2 and all(v.ms > 0 for v in row.variants)
     assert 0.1 < row.ratio < 10
 
 

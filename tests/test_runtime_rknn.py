@@ -131,6 +131,14 @@ def toolkit(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def _a_machine_that_serves(monkeypatch):
+    """Whatever the machine's free disk and Python: what is refused is told in tests of its own."""
+    room = types.SimpleNamespace(free=100e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room)
+    monkeypatch.setattr(runtime_rknn, "_python_version", lambda: (3, 12))
+
+
+@pytest.fixture(autouse=True)
 def _fake_environment(monkeypatch, toolkit):
     monkeypatch.setenv("LITEZOO_RKNN_VENV", str(toolkit))
     monkeypatch.delenv("FAKE_RKNN", raising=False)

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name, wrong_words
 
 if TYPE_CHECKING:
+    from litezoo.benchmarks.measure import Measurement
     from litezoo.benchmarks.profiling import Profile
     from litezoo.export.artifact import Accuracy, Engine
     from litezoo.export.parity import Parity
@@ -471,17 +472,36 @@ def _verify(args: Namespace) -> None:
 
 def _bench_parser(parser: ArgumentParser) -> None:
     parser.add_argument("folders", nargs="*", type=Path,
-                        help="artifact folders (default: artifacts/<models>/<device>)")  # fmt: skip
+                        help="artifact folders (default: artifacts/<models>/<device>); with "
+                        "--check result files")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="whose artifacts, where none is named")
     parser.add_argument("--models", nargs="+", help="of which models (default: all exported)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="batch sizes")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument("--reference-set", action="store_true", help="the 14 networks that devices "
+                        "are compared on; exports those missing, with random weights")  # fmt: skip
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="batch sizes "
+                        "(default: 1 32)")  # fmt: skip
+    parser.add_argument("--sweep", action="store_true", help="instead: batch 1, 2, 4, ... until "
+                        "throughput gains no more")  # fmt: skip
+    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1],
+                        help="CPU threads, one after another (default: all cores)")  # fmt: skip
+    parser.add_argument("--streams", nargs="+", type=int, default=[1], help="callers at once, who "
+                        "share the threads (default: 1)")  # fmt: skip
+    parser.add_argument("--end-to-end", action="store_true", help="also each artifact's first "
+                        "engine from decoded photos: resize, crop, normalise, run")  # fmt: skip
     parser.add_argument("--pytorch", action="store_true",
                         help="also PyTorch eager, in train form and fused")  # fmt: skip
     parser.add_argument("--peers", nargs="*", metavar="WAY",
                         help="also the same network of timm or torchvision: eager, compile, "
                         "onnxruntime, openvino (default: all of them)")  # fmt: skip
+    parser.add_argument("--together", action="store_true", help="all artifacts in the same rounds, "
+                        "not one network after another")  # fmt: skip
+    parser.add_argument("--keep-disturbed", action="store_true", help="append rows that are not to "
+                        "be published too; they say why")  # fmt: skip
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="instead: judge the rows of result "
+                        "files again (default: all in --results)")  # fmt: skip
+    parser.add_argument("--repro", metavar="ID", help="instead: measure a row of --results again; "
+                        "FOLDERS may name its artifact")  # fmt: skip
     parser.add_argument("--gpu-truth", action="store_true",
                         help="instead: an NVIDIA GPU's GPU-Util next to what it hides")  # fmt: skip
     parser.add_argument("--gpu", type=int, default=0, help="which GPU, as PyTorch numbers them")
@@ -493,7 +513,7 @@ def _bench_parser(parser: ArgumentParser) -> None:
 
 def _import(args: Namespace) -> None:
     from litezoo.benchmarks.import_kit import import_result
-    from litezoo.benchmarks.results import results_folder
+    from litezoo.benchmarks.rows import results_folder
 
     if len(args.folders) > 1:
         raise UsageError("a kit's result is of one artifact; name one folder, or none")
@@ -518,7 +538,7 @@ def _gpu_truth(args: Namespace) -> None:
         measure_truth,
         write_picture,
     )
-    from litezoo.benchmarks.results import results_folder
+    from litezoo.benchmarks.rows import results_folder
 
     with _steps() as progress:
         rows = measure_truth(
@@ -544,73 +564,180 @@ def _gpu_truth(args: Namespace) -> None:
     _show(rows, as_json=args.json, text=text)
 
 
-def _bench(args: Namespace) -> None:
-    if args.result is not None:
-        _import(args)
-        return
-    if args.gpu_truth:
-        _gpu_truth(args)
-        return
-    from litezoo.benchmarks.measure import (
-        candidates_of,
-        check_conditions,
-        measure,
-    )
-    from litezoo.benchmarks.peers import PEERS, peer_candidates, pytorch_candidates
-    from litezoo.benchmarks.results import append_rows, results_folder
-    from litezoo.export.artifact import find_artifacts
-    from litezoo.export.runtime import list_runtimes
+def _check_results(args: Namespace) -> None:
+    from litezoo.benchmarks.publish import check_files
+    from litezoo.benchmarks.rows import results_folder
 
-    check_conditions(batches=args.batch, threads=args.threads)
-    folders = args.folders or find_artifacts(args.device, args.models)
-    rows = []
+    place = args.results or results_folder()
+    files = args.folders or sorted([*place.glob("*.jsonl"), *place.glob("*/*.json*")])
+    if not files:
+        raise MissingError(f"no results in {place} yet; measure first: litezoo bench DIR")
+    count = check_files(files)
+    text = f"{count} rows in {len(files)} files are fit to be published"
+    values = {"files": list(map(str, files)), "rows": count}
+    _show(values, as_json=args.json, text=lambda: print(text))
+
+
+def _repro(args: Namespace) -> None:
+    from litezoo.benchmarks.bench import repeat
+    from litezoo.models.errors import CheckFailed
+
+    if len(args.folders) > 1:
+        raise UsageError("a row is of one artifact; name one folder, or none")
     with _steps() as progress:
-        progress("loading engines")
-        candidates = [
-            candidate
-            for folder in folders
-            for candidate in (
-                *(
-                    peer_candidates(folder, args.peers or PEERS, threads=args.threads)
-                    if args.peers is not None
-                    else ()
-                ),
-                *(pytorch_candidates(folder, threads=args.threads) if args.pytorch else ()),
-                *candidates_of(folder, threads=args.threads),
-            )
-        ]
-        for batch in args.batch:
-            rows += measure(candidates, batch=batch, threads=args.threads, progress=progress)
-        files = append_rows(rows, args.results or results_folder())
+        found = repeat(
+            args.repro,
+            folder=args.folders[0] if args.folders else None,
+            results=args.results,
+            progress=progress,
+        )
+    old, new = found.old, found.new
 
     def text() -> None:
-        _table(
-            f"{rows[0].machine.cpu}, {args.threads} threads; ratio: speed over the first row of "
-            "the batch, median over interleaved rounds",
-            ("model", "runtime", "precision", "form", "batch", "p50 ms", "p90 ms", "p99 ms",
-             "img/s", "ratio", "top-1 %"),
-            [
-                (r.model, r.runtime, r.precision, r.graph_form, str(r.batch), f"{r.p50_ms:.3f}",
-                 f"{r.p90_ms:.3f}", f"{r.p99_ms:.3f}", f"{r.images_per_s:.0f}", f"{r.ratio:.2f}x",
-                 "-" if r.top1_percent is None else f"{r.top1_percent:.2f}")
-                for r in rows
-            ],
-        )  # fmt: skip
-        print(f"appended {len(rows)} rows to {', '.join(map(str, files))}")
-        built = list_runtimes()
-        engines = [r for r in rows if r.batch == args.batch[0] and r.runtime in built]
-        fastest = max(engines, key=lambda row: row.images_per_s)
-        folder = folders[0] if len(folders) == 1 else None
-        if folder is not None:
-            shape = ", ".join(map(str, fastest.resolution))
-            print(
-                f"artifact: {folder}\nuse it:\n"
-                f"    import litezoo, numpy\n"
-                f'    engine = litezoo.load("{folder}", runtime="{fastest.runtime}")\n'
-                f"    print(engine(numpy.zeros((1, {shape}), numpy.float32)).argmax(1))"
-            )
+        print(f"{old.model} {old.label}, batch {old.batch}, {old.threads} threads")
+        print(f"  then  {old.date[:10]}, {old.machine.cpu}: {old.p50_ms:.3f} ms, {_ratio(old)}")
+        print(f"  now   {new.date[:10]}, {new.machine.cpu}: {new.p50_ms:.3f} ms, {_ratio(new)}")
+        print(f"  time now over then: {found.time_ratio:.3f}")
+        if new.refused:
+            print(f"  not to be published: {new.refused}")
+        if found.agrees is not None:
+            print(f"  the ratio {'agrees' if found.agrees else 'does not agree'} with the interval")
 
-    _show(rows, as_json=args.json, text=text)
+    _show(found, as_json=args.json, text=text)
+    if found.agrees is False and found.same_machine:
+        raise CheckFailed(
+            f"the ratio of row {old.id} is {new.ratio:.2f}, outside {old.ratio_low:.2f} to "
+            f"{old.ratio_high:.2f}; measure again when the machine is quiet"
+        )
+
+
+def _ratio(row: Measurement) -> str:
+    """Return e.g. "3.20x (3.01 to 3.40) repvgg_a0 timm-eager fp32 train"."""
+    low, high = row.ratio_low, row.ratio_high
+    between = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    return f"{row.ratio:.2f}x{between} {row.ratio_to}"
+
+
+def _reference_set(args: Namespace, progress: Callable[[str], None]) -> list[Path]:
+    from litezoo.benchmarks.bench import export_reference_set
+    from litezoo.benchmarks.measure import rank
+    from litezoo.export.exporter import export
+
+    def make(model: str, folder: Path) -> object:
+        return export(
+            model, device=args.device, weights="random", calibration="random", out=folder,
+            rank=functools.partial(rank, progress=progress), progress=progress,
+        )  # fmt: skip
+
+    return export_reference_set(args.device, export=make, progress=progress)
+
+
+def _bench(args: Namespace) -> None:
+    instead = {
+        "--check": (args.check, _check_results),
+        "--repro": (args.repro is not None, _repro),
+        "--import": (args.result is not None, _import),
+        "--gpu-truth": (args.gpu_truth, _gpu_truth),
+    }
+    asked = [name for name, (is_asked, _) in instead.items() if is_asked]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are different things; ask for one")
+    if asked:
+        instead[asked[0]][1](args)
+        return
+    from litezoo.benchmarks.bench import bench, find_knees
+    from litezoo.benchmarks.measure import check_conditions
+    from litezoo.benchmarks.peers import PEERS
+    from litezoo.export.artifact import find_artifacts
+    from litezoo.models.errors import CheckFailed
+
+    check_conditions(batches=args.batch, threads=args.threads, streams=args.streams)
+    with _steps() as progress:
+        if args.reference_set:
+            folders = _reference_set(args, progress)
+        else:
+            folders = args.folders or find_artifacts(args.device, args.models)
+        found = bench(
+            folders,
+            batches=None if args.sweep else args.batch,
+            threads=args.threads,
+            streams=args.streams,
+            peers=() if args.peers is None else args.peers or PEERS,
+            pytorch=args.pytorch,
+            end_to_end=args.end_to_end,
+            together=args.together,
+            keep_disturbed=args.keep_disturbed,
+            results=args.results,
+            progress=progress,
+        )
+
+    def text() -> None:
+        _bench_table(found.rows)
+        for label, (knee, most) in find_knees(found.rows).items():
+            print(
+                f"knee of {label}: batch {knee.batch}, {knee.images_per_s:.0f} img/s "
+                f"(most: {most.images_per_s:.0f} at {most.batch})"
+            )
+        refused = [row for row in found.rows if row.refused]
+        for row in refused:
+            print(f"not published: {row.model} {row.label}, batch {row.batch}: {row.refused}")
+        kept = len(found.rows) if args.keep_disturbed else len(found.published)
+        print(f"appended {kept} rows to {', '.join(map(str, found.files)) or 'no file'}")
+        if found.agreement.compared:
+            same = found.agreement.compared - len(found.agreement.differ)
+            print(f"as in the bench before: {same} of {found.agreement.compared} ratios")
+        for difference in found.agreement.differ:
+            print(f"  {difference}")
+        if len(folders) == 1:
+            _use_it(folders[0], found.rows)
+
+    values = {**_plain(found), "ids": [row.id for row in found.rows]}
+    _show(values, as_json=args.json, text=text)
+    if not found.published and not args.keep_disturbed:
+        raise CheckFailed(f"no row is to be published: {found.rows[0].refused}")
+
+
+def _bench_table(rows: Sequence[Measurement]) -> None:
+    first = rows[0]
+    conditions = {row.threads for row in rows}
+    overhead = "-" if first.harness_us is None else f"{first.harness_us:.2g} us"
+    _table(
+        f"{first.machine.cpu}, {', '.join(map(str, sorted(conditions)))} threads; ratio: speed "
+        "over the first row of the network and batch, by the least block medians; interval: where "
+        f"a second bench finds it; an empty session takes {overhead} a call",
+        ("model", "runtime", "precision", "form", "batch", "p50 ms", "p90 ms", "p99 ms",
+         "img/s", "ratio", "interval", "of peak", "of memory", "top-1 %"),
+        [
+            (r.model + (f", {r.threads} threads" if len(conditions) > 1 else ""),
+             r.runtime, r.precision, r.label.removeprefix(f"{r.runtime} {r.precision} "),
+             str(r.batch), f"{r.p50_ms:.3f}",
+             f"{r.p90_ms:.3f}", f"{r.p99_ms:.3f}", f"{r.images_per_s:.0f}", f"{r.ratio:.2f}x",
+             "-" if r.ratio_low is None else f"{r.ratio_low:.2f}-{r.ratio_high:.2f}",
+             _share(r.flops_percent), _share(r.bytes_percent),
+             "-" if r.top1_percent is None else f"{r.top1_percent:.2f}")
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def _share(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.0f} %"
+
+
+def _use_it(folder: Path, rows: Sequence[Measurement]) -> None:
+    """Print how the fastest engine of the first batch size is used."""
+    from litezoo.export.runtime import list_runtimes
+
+    built = list_runtimes()
+    engines = [r for r in rows if r.batch == rows[0].batch and r.runtime in built]
+    fastest = max(engines, key=lambda row: row.images_per_s)
+    shape = ", ".join(map(str, fastest.resolution))
+    print(
+        f"artifact: {folder}\nuse it:\n"
+        f"    import litezoo, numpy\n"
+        f'    engine = litezoo.load("{folder}", runtime="{fastest.runtime}")\n'
+        f"    print(engine(numpy.zeros((1, {shape}), numpy.float32)).argmax(1))"
+    )
 
 
 def _profile_parser(parser: ArgumentParser) -> None:
@@ -877,7 +1004,8 @@ def _report_parser(parser: ArgumentParser) -> None:
 
 
 def _report(args: Namespace) -> None:
-    from litezoo.benchmarks.results import read_rows, refresh_readme, results_folder
+    from litezoo.benchmarks.results import read_rows, refresh_readme
+    from litezoo.benchmarks.rows import results_folder
     from litezoo.models.errors import CheckFailed
 
     files = args.results or sorted(results_folder().glob("*.jsonl"))
