@@ -45,7 +45,9 @@ def with_shares(
     macs, moved = _work(candidate.onnx, row.batch)
     calls_per_s = 1e3 * row.streams / row.best_ms
     dtype = row.precision.replace("+", "-").split("-")[0]
-    peak = peaks.peak_tera_ops_per_s.get(dtype)
+    found = peaks.peak_tera_ops_per_s
+    # where a type has no instructions, runtimes compute in float32
+    peak = max((found[name] for name in ("fp32", dtype) if name in found), default=None)
     flops = None if peak is None else 100 * 2 * macs * calls_per_s / (peak * 1e12)
     return dataclasses.replace(
         row,

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from test_bench import ROW
@@ -6,7 +7,7 @@ from test_train import litezoo
 
 from litezoo.benchmarks.disturbance import Conditions
 from litezoo.benchmarks.publish import check_files, mark_refused, refusal
-from litezoo.benchmarks.results import append_rows, latest, read_rows
+from litezoo.benchmarks.results import append_rows, latest, read_rows, refresh_readme
 from litezoo.models.errors import CheckFailed
 
 QUIET = Conditions(
@@ -141,8 +142,15 @@ def test_results_are_checked_by_the_command(tmp_path, capsys):
     assert f"{file}:2 is not to be published" in capsys.readouterr().err
 
 
-def test_the_committed_results_are_fit_to_be_published(capsys):
-    from pathlib import Path
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
-    place = Path(__file__).parent.parent / "benchmarks" / "results"
-    assert check_files(sorted([*place.glob("*.jsonl"), *place.glob("*/*.json*")])) > 100
+
+def test_the_committed_results_are_fit_to_be_published():
+    files = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*/*.json*")])
+    assert check_files(files) > 100
+
+
+def test_the_readmes_table_is_that_of_the_committed_results():
+    rows = read_rows(sorted(RESULTS.glob("*.jsonl")))
+    assert refresh_readme(ROOT / "README.md", rows, write=False), "run: make readme"

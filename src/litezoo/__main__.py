@@ -632,6 +632,10 @@ def _reference_set(args: Namespace, progress: Callable[[str], None]) -> list[Pat
     return export_reference_set(args.device, export=make, progress=progress)
 
 
+#: Rows that are refused, of which the reason is shown.
+_FEW = 4
+
+
 def _bench(args: Namespace) -> None:
     instead = {
         "--check": (args.check, _check_results),
@@ -679,8 +683,10 @@ def _bench(args: Namespace) -> None:
                 f"(most: {most.images_per_s:.0f} at {most.batch})"
             )
         refused = [row for row in found.rows if row.refused]
-        for row in refused:
+        for row in refused[:_FEW]:
             print(f"not published: {row.model} {row.label}, batch {row.batch}: {row.refused}")
+        if len(refused) > _FEW:
+            print(f"not published: {len(refused) - _FEW} others (--json says why)")
         kept = len(found.rows) if args.keep_disturbed else len(found.published)
         print(f"appended {kept} rows to {', '.join(map(str, found.files)) or 'no file'}")
         if found.agreement.compared:
@@ -699,19 +705,23 @@ def _bench(args: Namespace) -> None:
 
 def _bench_table(rows: Sequence[Measurement]) -> None:
     first = rows[0]
-    conditions = {row.threads for row in rows}
+    threads, models = {row.threads for row in rows}, {row.model for row in rows}
     overhead = "-" if first.harness_us is None else f"{first.harness_us:.2g} us"
+
+    def engine(row: Measurement) -> str:
+        name = row.label if len(models) == 1 else f"{row.model} {row.label}"
+        return name if len(threads) == 1 else f"{name}, {row.threads} threads"
+
     _table(
-        f"{first.machine.cpu}, {', '.join(map(str, sorted(conditions)))} threads; ratio: speed "
-        "over the first row of the network and batch, by the least block medians; interval: where "
-        f"a second bench finds it; an empty session takes {overhead} a call",
-        ("model", "runtime", "precision", "form", "batch", "p50 ms", "p90 ms", "p99 ms",
-         "img/s", "ratio", "interval", "of peak", "of memory", "top-1 %"),
+        f"{', '.join(sorted(models)) if len(models) == 1 else f'{len(models)} networks'}; "
+        f"{first.machine.cpu}, {', '.join(map(str, sorted(threads)))} threads; ratio: speed over "
+        f"{first.ratio_to.removeprefix(f'{first.model} ')}, by the least block medians; interval: "
+        f"where a second bench finds it; an empty session takes {overhead} a call",
+        ("engine", "batch", "p50 ms", "p90 ms", "p99 ms", "img/s", "ratio", "interval", "of peak",
+         "of memory", "top-1 %"),
         [
-            (r.model + (f", {r.threads} threads" if len(conditions) > 1 else ""),
-             r.runtime, r.precision, r.label.removeprefix(f"{r.runtime} {r.precision} "),
-             str(r.batch), f"{r.p50_ms:.3f}",
-             f"{r.p90_ms:.3f}", f"{r.p99_ms:.3f}", f"{r.images_per_s:.0f}", f"{r.ratio:.2f}x",
+            (engine(r), str(r.batch), f"{r.p50_ms:.3f}", f"{r.p90_ms:.3f}", f"{r.p99_ms:.3f}",
+             f"{r.images_per_s:.0f}", f"{r.ratio:.2f}x",
              "-" if r.ratio_low is None else f"{r.ratio_low:.2f}-{r.ratio_high:.2f}",
              _share(r.flops_percent), _share(r.bytes_percent),
              "-" if r.top1_percent is None else f"{r.top1_percent:.2f}")
