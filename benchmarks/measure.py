@@ -74,6 +74,7 @@ MOST_SECONDS = 5.0  # of one candidate, past which 50 runs are not waited for
 WARMUP_BLOCK_S, WARMUP_LIMIT_S, STEADY = 0.1, 3.0, 0.05
 #: By how much ratios of two undisturbed runs of one machine may differ: on one thread, on more.
 REPEATS = (0.06, 0.15)
+OUTLIER = 2.0
 _RESAMPLES, _CONFIDENCE_PERCENT = 2000, 95
 #: Blocks of the empty session: a fiftieth of a second holds tens of thousands of calls.
 EMPTY_BLOCK_S, _EMPTY_BLOCKS = 0.02, 9
@@ -93,7 +94,8 @@ class Measurement:
     that of its model's first candidate, by the least block medians (above 1 is faster);
     `ratio_low` to `ratio_high` is where a second bench is expected to find it. `spread` is the
     distance of the quartiles of the block medians over their median, `steady` whether warming up
-    ended because times were steady, `harness_us` a call of a session that does nothing,
+    ended because times were steady, `outliers` the calls of more than twice their block's median
+    (they count in the percentiles, not in `best_ms` or `ratio`), `harness_us` a call of a session that does nothing,
     `flops_percent` and `bytes_percent` what is reached of the machine's measured ceilings, and
     `refused` why the row is not to be published. Rows of schema 1 lack what has a default.
     """
@@ -129,6 +131,7 @@ class Measurement:
     ratio_low: float | None = None
     ratio_high: float | None = None
     steady: bool | None = None
+    outliers: int | None = None
     harness_us: float | None = None
     flops_percent: float | None = None
     bytes_percent: float | None = None
@@ -324,6 +327,12 @@ class Timed:
         """Return the block medians in ms, one a round."""
         return np.array([np.median(one.value) for one in self.blocks])
 
+    @property
+    def outliers(self) -> int:
+        """Return how many calls took more than `OUTLIER` times their block's median."""
+        pairs = zip(self.blocks, self.medians, strict=True)
+        return sum(time > OUTLIER * median for one, median in pairs for time in one.value)
+
     def is_enough(self) -> bool:
         """Whether no further round is needed."""
         seconds = float(self.times.sum()) / 1e3 if self.blocks else 0.0
@@ -499,6 +508,7 @@ def _row(
         scope=candidate.scope,
         best_ms=round(float(own.medians.min()), 4),
         steady=own.steady,
+        outliers=own.outliers,
         harness_us=harness_us,
         conditions=conditions_of(own.blocks),
     )

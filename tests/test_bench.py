@@ -288,6 +288,19 @@ def test_a_block_that_was_disturbed_is_measured_again(candidate, monkeypatch):
     assert row.runs == sum(len(second) for _, second in tries)
 
 
+def test_calls_far_above_their_blocks_median_are_counted(candidate):
+    one = candidate(lambda n: 25.0 if n % 10 == 9 else 10.0)
+    (row,) = measure([one], batch=1, threads=1)
+    assert row.outliers == sum(time > 20 for time in measured(one.session, row)) > 0
+    assert row.best_ms == 10.0 and row.p99_ms == pytest.approx(25.0)
+    assert measure([candidate(10.0)], batch=1, threads=1)[0].outliers == 0
+
+
+def test_times_that_do_not_become_steady_are_said(candidate):
+    shaky, calm = candidate(lambda n: 150.0 * (1 + n % 2)), candidate(5.0)
+    assert [row.steady for row in measure([shaky, calm], batch=1, threads=1)] == [False, True]
+
+
 def test_an_empty_session_takes_what_the_harness_takes(monkeypatch):
     class Ticking:
         now = 0.0

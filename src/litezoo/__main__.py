@@ -682,6 +682,8 @@ def _bench(args: Namespace) -> None:
                 f"knee of {label}: batch {knee.batch}, {knee.images_per_s:.0f} img/s "
                 f"(most: {most.images_per_s:.0f} at {most.batch})"
             )
+        for row in (row for row in found.rows if row.steady is False):
+            print(f"not steady after warming up: {row.model} {row.label}, batch {row.batch}")
         refused = [row for row in found.rows if row.refused]
         for row in refused[:_FEW]:
             print(f"not published: {row.model} {row.label}, batch {row.batch}: {row.refused}")
