@@ -15,7 +15,7 @@ from .guidelines import Guideline, VariantCost, latest_guidelines
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["guideline_figure", "write_guidelines"]
+__all__ = ["conditions_in_words", "guideline_figure", "write_guidelines"]
 
 #: Readable on white and on black.
 _COLORS = {"holds": "#2a9d62", "does not hold": "#d1495b", "no difference": "#8a8a8a"}
@@ -131,7 +131,7 @@ def write_guidelines(rows: Iterable[Guideline], file: Path) -> Path:
         raise UsageError("no guidelines to draw; measure them first: litezoo guidelines")
     groups: dict[str, list[Guideline]] = {}
     for row in shown:
-        groups.setdefault(_conditions(row), []).append(row)
+        groups.setdefault(conditions_in_words(row), []).append(row)
     parts, is_first = [], True
     for title, own in groups.items():
         cards = []
@@ -156,7 +156,7 @@ def write_guidelines(rows: Iterable[Guideline], file: Path) -> Path:
     return write_whole(file, page)
 
 
-def _conditions(row: Guideline) -> str:
+def conditions_in_words(row: Guideline) -> str:
     chip = row.machine.versions.get("gpu") or row.machine.cpu
     threads = (
         "" if "gpu" in row.machine.versions else f", {row.threads} thread" + "s" * (row.threads > 1)

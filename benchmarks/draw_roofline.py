@@ -19,10 +19,10 @@ from litezoo.models.files import write_whole
 from .graph import KINDS, Layer
 from .profiling import Profile
 
-__all__ = ["write_roofline"]
+__all__ = ["KIND_COLOURS", "operations", "write_roofline"]
 
 #: Colours by kind, told apart by the colour-blind too (Okabe and Ito), on dark and on light.
-_COLOURS = {
+KIND_COLOURS = {
     "conv": "#0072b2",
     "pointwise": "#56b4e9",
     "grouped": "#cc79a7",
@@ -32,7 +32,7 @@ _COLOURS = {
     "pool": "#999999",
     "move": "#b8a600",
 }
-assert set(_COLOURS) == set(KINDS)
+assert set(KIND_COLOURS) == set(KINDS)
 _INK, _GRID = "#808080", "rgba(128,128,128,.25)"
 _CONFIG = {"displaylogo": False, "displayModeBar": False, "responsive": True}
 _STYLE = """:root{color-scheme:light dark;--line:#8884;--back:#fff;--ink:#1a1a1a}
@@ -99,7 +99,7 @@ def _facts(profile: Profile) -> str:
     return f"<div class=facts>{inside}</div>"
 
 
-def _operations(layer: Layer) -> int:
+def operations(layer: Layer) -> int:
     """Return what a layer is drawn at: its FLOPs, else the elements it reads or writes."""
     return layer.flops or max(math.prod(layer.in_shape), layer.activations)
 
@@ -130,8 +130,8 @@ def _roofline(profile: Profile):  # type: ignore[no-untyped-def]  # plotly has n
     figure = go.Figure()
     places = {
         index: (
-            _operations(layer) / layer.memory_bytes,
-            _operations(layer) / profile.times[index].ms / 1e9,
+            operations(layer) / layer.memory_bytes,
+            operations(layer) / profile.times[index].ms / 1e9,
         )
         for index, layer in enumerate(profile.layers)
         if layer.memory_bytes
@@ -177,7 +177,7 @@ def _roofline(profile: Profile):  # type: ignore[no-untyped-def]  # plotly has n
             mode="markers",
             name=f"{words} ({len(own)})",
             marker={
-                "color": _COLOURS[kind],
+                "color": KIND_COLOURS[kind],
                 "symbol": "circle" if is_counted else "circle-open",
                 "size": [6 + 40 * math.sqrt(profile.times[index].ms / whole) for index in own],
                 "opacity": 0.85,
@@ -204,7 +204,7 @@ def _bars(profile: Profile):  # type: ignore[no-untyped-def]  # plotly has no ty
                 x=own,
                 y=[1e3 * profile.times[index].ms for index in own],
                 name=words,
-                marker={"color": _COLOURS[kind]},
+                marker={"color": KIND_COLOURS[kind]},
                 text=[_hover(profile, index) for index in own],
                 textposition="none",
                 hovertemplate="%{text}<extra></extra>",

@@ -56,6 +56,7 @@ __all__ = [
     "count_work",
     "keep_busy",
     "measure_truth",
+    "percents_of",
     "read_truth",
     "write_picture",
 ]
@@ -402,7 +403,7 @@ def columns_of(row: Truth) -> tuple[str, ...]:
                         for v in values))  # fmt: skip
 
 
-def _bars(row: Truth) -> dict[str, float | None]:
+def percents_of(row: Truth) -> dict[str, float | None]:
     return {
         "GPU-Util": row.counters.gpu_util_percent,
         "engine active (GPM)": row.counters.engine_active_percent,
@@ -423,8 +424,8 @@ def write_picture(rows: Iterable[Truth], file: Path) -> Path:
     if not shown:
         raise UsageError("there is nothing to draw; measure first: litezoo bench --gpu-truth")
     figure = go.Figure()
-    for name in _bars(shown[0]):
-        values = [_bars(row)[name] for row in shown]
+    for name in percents_of(shown[0]):
+        values = [percents_of(row)[name] for row in shown]
         if any(value is not None for value in values):
             figure.add_bar(
                 name=name,

@@ -331,7 +331,7 @@ class Timed:
     def outliers(self) -> int:
         """Return how many calls took more than `OUTLIER` times their block's median."""
         pairs = zip(self.blocks, self.medians, strict=True)
-        return sum(time > OUTLIER * median for one, median in pairs for time in one.value)
+        return sum(int(time > OUTLIER * median) for one, median in pairs for time in one.value)
 
     def is_enough(self) -> bool:
         """Whether no further round is needed."""

@@ -87,17 +87,21 @@ def mark_refused(rows: Sequence[Measurement]) -> list[Measurement]:
 def check_files(files: Iterable[Path]) -> int:
     """Read result files again and judge every row; return how many rows there are.
 
-    Of files in folders named guidelines and gpu, and of ceilings, that they can be read. CheckFailed
-    with file and line for the first that is wrong.
+    Of guidelines, GPU truth, ceilings and profiles, told by their folder, that they can be read.
+    CheckFailed with file and line for the first that is wrong.
     """
     from .ceilings import read_ceilings
     from .gpu_demo import read_truth
     from .guidelines import read_guidelines
+    from .report_profiles import read_profile
 
     count = 0
     for file in files:
         if file.suffix == ".json" and file.parent.name == "ceilings":
             read_ceilings(file.stem, folder=file.parent)
+            count += 1
+        elif file.parent.name == "profiles":
+            read_profile(file)
             count += 1
         elif file.parent.name == "guidelines":
             count += len(read_guidelines([file]))

@@ -1,94 +1,54 @@
-"""One self-contained HTML page of all results: a drawing for each device, and the full table."""
+"""One self-contained HTML page of all results, which needs no network.
+
+The page is `report_page.html` with its style, its program (`report_page.js`), plotly's, and the
+rows as JSON put in. Nothing is drawn here: the program makes charts, filters and tables of the rows
+that the reader chooses.
+"""
 
 from __future__ import annotations
 
-import html
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from litezoo.models.errors import require
+from litezoo.models.errors import UsageError, require
 from litezoo.models.files import write_whole
 
 from .measure import Measurement
-from .results import latest
+from .report_data import page_data
 
 __all__ = ["write_report"]
 
-_COLUMNS = (
-    "device", "model", "resolution", "runtime", "precision", "graph_form", "batch", "threads",
-    "p50_ms", "p90_ms", "p99_ms", "images_per_s", "ratio", "ratio_to", "spread", "runs",
-    "top1_percent", "weights", "protocol", "date",
-)  # fmt: skip
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem;color:#1a1a1a}
-table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;white-space:nowrap;
-border-bottom:1px solid #ddd}
-th{text-align:left;position:sticky;top:0;background:#fff}td.n{text-align:right}"""
+_HERE = Path(__file__).parent
 
 
-def write_report(rows: Iterable[Measurement], file: Path) -> Path:
-    """Write the page and return its path; the newest row of each set of conditions counts."""
+def write_report(rows: Iterable[Measurement], file: Path, *, folder: Path | None = None) -> Path:
+    """Write the page and return its path; the newest row of each set of conditions counts.
+
+    `folder` (default: benchmarks/results) is where ceilings, guidelines, GPU truth and profiles
+    lie; the page says of what is not there how to get it. UsageError where there is no row or the
+    file cannot be written, CheckFailed for a damaged file in `folder`.
+    """
     require("plotly", purpose="the report", extra="report")
-    import plotly.graph_objects as go
+    from plotly.offline import get_plotlyjs
 
-    shown = latest(rows)
-    parts: list[str] = []
-    for device in dict.fromkeys((row.device, row.machine.cpu) for row in shown):
-        for batch in sorted({row.batch for row in shown}):
-            own = [
-                row
-                for row in shown
-                if (row.device, row.machine.cpu) == device and row.batch == batch
-            ]
-            if not own:
-                continue
-            figure = go.Figure()
-            for label in dict.fromkeys(row.label for row in own):
-                of_label = [row for row in own if row.label == label]
-                figure.add_bar(
-                    name=label,
-                    x=[f"{row.model}<br>{row.resolution[-1]} px" for row in of_label],
-                    y=[row.p50_ms for row in of_label],
-                    error_y={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [row.p99_ms - row.p50_ms for row in of_label],
-                        "arrayminus": [0] * len(of_label),
-                    },
-                    text=[f"{row.p50_ms:.2f}" for row in of_label],
-                )
-            figure.update_layout(
-                title=f"{device[0]} ({device[1]}), batch {batch}: p50, whisker to p99",
-                yaxis_title="ms per call",
-                barmode="group",
-                template="plotly_white",
-                height=420,
-            )
-            parts.append(
-                figure.to_html(full_html=False, include_plotlyjs=True if not parts else False)
-            )
-    machines = dict.fromkeys(
-        f"{row.device}: {row.machine.cpu}, {row.machine.cores} cores, ISA "
-        f"{' '.join(row.machine.isa)}, governor {row.machine.governor}, {row.machine.system}; "
-        + ", ".join(f"{name} {number}" for name, number in row.machine.versions.items())
-        for row in shown
-    )
-    body = "".join(_line(row) for row in shown)
-    head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>litezoo results</title>"
-        f"<style>{_STYLE}</style><h1>litezoo results</h1>{''.join(parts)}"
-        f"<h2>All rows</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<h2>Machines</h2><ul>{''.join(f'<li>{html.escape(m)}</li>' for m in machines)}</ul>"
-    )
-    return write_whole(file, page)
+    data = json.dumps(page_data(rows, folder=folder), separators=(",", ":"))
+    parts = {
+        "style": _text("css"),
+        "plotly": get_plotlyjs(),
+        "data": data.replace("<", r"\u003c"),  # no text of a row can end the script or open one
+        "program": _text("js"),
+    }
+    # In one pass: what is put in is not looked at again
+    page = re.sub(r"@@(\w+)@@", lambda mark: parts[mark[1]], _text("html"))
+    try:
+        return write_whole(file, page)
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be written ({error.strerror}); name another file: --out FILE"
+        ) from error
 
 
-def _line(row: Measurement) -> str:
-    cells = []
-    for column in _COLUMNS:
-        value = getattr(row, column)
-        if isinstance(value, tuple):
-            value = "x".join(map(str, value))
-        kind = " class=n" if isinstance(value, (int, float)) else ""
-        cells.append(f"<td{kind}>{html.escape('-' if value is None else str(value))}</td>")
-    return f"<tr>{''.join(cells)}</tr>"
+def _text(kind: str) -> str:
+    return (_HERE / f"report_page.{kind}").read_text(encoding="utf-8")

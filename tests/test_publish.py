@@ -122,6 +122,7 @@ def test_other_results_are_read_as_what_their_folder_says(tmp_path):
         ("guidelines/cpu.jsonl", "cpu.jsonl:1 is not a guideline row"),
         ("gpu/h200.jsonl", "h200.jsonl:1 is not a row of GPU truth"),
         ("ceilings/cpu.json", "cpu.json holds no ceilings"),
+        ("profiles/a.json", "a.json holds no profile"),
     ):
         file = tmp_path / name
         file.parent.mkdir()

@@ -765,6 +765,8 @@ def _profile_parser(parser: ArgumentParser) -> None:
     parser.add_argument("--train-form", action="store_true", help="before fusing, beside the "
                         "deploy form: what fusing saves")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="draw the roofline too")
+    parser.add_argument("--save", action="store_true", help="keep it for `litezoo report`, in "
+                        "benchmarks/results/profiles")  # fmt: skip
     parser.add_argument("--layers", type=int, default=10, help="rows of the most expensive layers "
                         "(default: 10)")  # fmt: skip
 
@@ -782,11 +784,18 @@ def _profile(args: Namespace) -> None:
 
             progress(f"drawing {args.html}")
             write_roofline(result, args.html)
+    saved = None
+    if args.save:
+        from litezoo.benchmarks.report_profiles import save_profile
+
+        saved = save_profile(result.deploy or result)
 
     def text() -> None:
         _profile_text(result, args.layers)
         if args.html is not None:
             print(f"roofline: {args.html}")
+        if saved is not None:
+            print(f"kept for the report: {saved}")
 
     _show(result.to_dict(), as_json=args.json, text=text)
 
@@ -1010,12 +1019,14 @@ def _guidelines(args: Namespace) -> None:
 def _report_parser(parser: ArgumentParser) -> None:
     parser.add_argument("results", nargs="*", type=Path, help="default: benchmarks/results/*.jsonl")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
-    parser.add_argument("--readme", type=Path, help="refresh the table in this file instead")
+    parser.add_argument("--readme", type=Path, help="refresh the table in this file, and the "
+                        "pictures in docs/pictures beside it, instead")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing, "
                         "status 3 if it is not up to date")  # fmt: skip
 
 
 def _report(args: Namespace) -> None:
+    from litezoo.benchmarks.draw_pictures import pictures_are_fresh, write_pictures
     from litezoo.benchmarks.results import read_rows, refresh_readme
     from litezoo.benchmarks.rows import results_folder
     from litezoo.models.errors import CheckFailed
@@ -1025,14 +1036,19 @@ def _report(args: Namespace) -> None:
         raise MissingError("no results in benchmarks/results yet; measure first: litezoo bench DIR")
     rows = read_rows(files)
     if args.readme is not None:
+        pictures = args.readme.parent / "docs" / "pictures"
         same = refresh_readme(args.readme, rows, write=not args.check)
-        if args.check and not same:
-            raise CheckFailed(f"the results in {args.readme} are not up to date; run: make readme")
+        if args.check and not (same and pictures_are_fresh(rows, pictures)):
+            what = f"the pictures in {pictures}" if same else f"the results in {args.readme}"
+            raise CheckFailed(f"{what} are not up to date; run: make readme")
+        if not args.check:
+            write_pictures(rows, pictures)
         target = args.readme
     else:
         from litezoo.benchmarks.report import write_report
 
-        target = write_report(rows, args.out)
+        beside = args.results[0].parent if args.results else None
+        target = write_report(rows, args.out, folder=beside)
     _show({"written": str(target), "rows": len(rows)}, as_json=args.json,
           text=lambda: print(f"{target}: {len(rows)} rows"))  # fmt: skip
 
