@@ -1,7 +1,7 @@
 """Build the wheel, install it into a fresh environment, and use it from outside the checkout.
 
-It lists models, trains on the digits, exports, verifies, loads the engine and measures it, all in a
-scratch folder; nothing of the checkout may be imported there.
+It lists models, trains on the digits, exports, verifies, loads the engine and measures it, and
+draws the results it came with, all in a scratch folder; nothing of the checkout may be imported there.
 """
 
 import os
@@ -34,7 +34,7 @@ def main() -> int:
         (wheel,) = folder.glob("litezoo-*.whl")
         run(sys.executable, "-m", "venv", "venv", cwd=folder)
         pip = [str(folder / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check"]
-        run(*pip, "install", "--quiet", f"{wheel}[train,cpu]", cwd=folder)
+        run(*pip, "install", "--quiet", f"{wheel}[train,cpu,report]", cwd=folder)
         zoo = str(folder / "venv/bin/litezoo")
         work = folder / "work"
         work.mkdir()
@@ -44,7 +44,9 @@ def main() -> int:
         words = ("--precision", "fp32", "--out", "artifact")
         run(zoo, "export", "--device", "cpu", *words, cwd=work)
         run(zoo, "verify", "artifact", cwd=work)
-        run(zoo, "bench", "artifact", "--batch", "1", cwd=work)
+        run(zoo, "bench", "artifact", "--batch", "1", "--keep-disturbed", cwd=work)
+        (results,) = folder.glob("venv/lib/*/site-packages/litezoo/benchmarks/results/cpu.jsonl")
+        run(zoo, "report", str(results), cwd=work)
         run(str(folder / "venv/bin/python"), "-c", SCRIPT, cwd=work)
     print("the wheel works outside the checkout")
     return 0
