@@ -51,6 +51,8 @@ REFERENCE_SET = (
 )
 #: Batch sizes of a sweep, which ends where none gains `KNEE` any more, or a call takes too long.
 SWEEP, KNEE, MOST_CALL_MS = (1, 2, 4, 8, 16, 32, 64, 128, 256), 0.05, 2000.0
+#: Runs of a network in which rows are refused: it is measured again.
+TRIES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,21 +163,37 @@ def _measured(
     """Yield the rows of one batch size after another."""
     most: list[float] = []
     for batch in batches or SWEEP:
-        found = [
+        found = _least_refused(candidates, batch, threads, progress)
+        yield [
             with_shares(row, candidate, ceilings=ceilings, progress=progress)
-            for row, candidate in zip(
-                measure(candidates, batch=batch, threads=threads, progress=progress),
-                candidates,
-                strict=True,
-            )
+            for row, candidate in zip(found, candidates, strict=True)
         ]
-        yield mark_refused(found)
         speeds = [row.images_per_s for row in found]
         gains = [now > (1 + KNEE) * then for now, then in zip(speeds, most, strict=False)]
         slow = max(row.p50_ms for row in found) > MOST_CALL_MS / 2  # the next takes twice as long
         if batches is None and most and (slow or not any(gains)):
             return
         most = [max(pair) for pair in zip(speeds, most, strict=True)] if most else speeds
+
+
+def _least_refused(
+    candidates: Sequence[Candidate], batch: int, threads: int, progress: Callable[[str], None]
+) -> list[Measurement]:
+    """Measure until no row is refused, at most `TRIES` times; the run with the fewest counts."""
+    best: list[Measurement] = []
+    for number in range(TRIES):
+        if number:
+            progress(f"batch {batch}: again, as {_refused(best)} of {len(best)} rows were refused")
+        found = mark_refused(measure(candidates, batch=batch, threads=threads, progress=progress))
+        if not best or _refused(found) < _refused(best):
+            best = found
+        if not _refused(best):
+            break
+    return best
+
+
+def _refused(rows: Sequence[Measurement]) -> int:
+    return sum(bool(row.refused) for row in rows)
 
 
 def find_knees(rows: Sequence[Measurement]) -> dict[str, tuple[Measurement, Measurement]]:

@@ -157,6 +157,7 @@ def write_guidelines(rows: Iterable[Guideline], file: Path) -> Path:
 
 
 def conditions_in_words(row: Guideline) -> str:
+    """Return what a row was measured on and with, in a line."""
     chip = row.machine.versions.get("gpu") or row.machine.cpu
     threads = (
         "" if "gpu" in row.machine.versions else f", {row.threads} thread" + "s" * (row.threads > 1)

@@ -404,6 +404,7 @@ def columns_of(row: Truth) -> tuple[str, ...]:
 
 
 def percents_of(row: Truth) -> dict[str, float | None]:
+    """Return the bars of a row by name, in percent; None for what the GPU does not tell."""
     return {
         "GPU-Util": row.counters.gpu_util_percent,
         "engine active (GPM)": row.counters.engine_active_percent,

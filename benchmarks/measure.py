@@ -72,8 +72,8 @@ BLOCK_S, IDLE_S = 0.2, 0.08
 MIN_ROUNDS, MIN_SECONDS, MIN_RUNS = 5, 1.0, 50
 MOST_SECONDS = 5.0  # of one candidate, past which 50 runs are not waited for
 WARMUP_BLOCK_S, WARMUP_LIMIT_S, STEADY = 0.1, 3.0, 0.05
-#: By how much ratios of two undisturbed runs of one machine may differ: on one thread, on more.
-REPEATS = (0.06, 0.15)
+#: By how much ratios of two undisturbed runs of one machine may differ beyond their rounds.
+REPEATS = 0.15
 OUTLIER = 2.0
 _RESAMPLES, _CONFIDENCE_PERCENT = 2000, 95
 #: Blocks of the empty session: a fiftieth of a second holds tens of thousands of calls.
@@ -95,9 +95,10 @@ class Measurement:
     `ratio_low` to `ratio_high` is where a second bench is expected to find it. `spread` is the
     distance of the quartiles of the block medians over their median, `steady` whether warming up
     ended because times were steady, `outliers` the calls of more than twice their block's median
-    (they count in the percentiles, not in `best_ms` or `ratio`), `harness_us` a call of a session that does nothing,
-    `flops_percent` and `bytes_percent` what is reached of the machine's measured ceilings, and
-    `refused` why the row is not to be published. Rows of schema 1 lack what has a default.
+    (they count in the percentiles, not in `best_ms` or `ratio`), `harness_us` a call of a session
+    that does nothing, `flops_percent` and `bytes_percent` what is reached of the machine's measured
+    ceilings, and `refused` why the row is not to be published. Rows of schema 1 lack what has a
+    default.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
@@ -299,7 +300,7 @@ def block(session: Session, images: Array, seconds: float) -> list[float]:
 
 
 def _warm_up(session: Session, images: Array) -> bool:
-    """Run until two block medians in a row differ by less than `STEADY`; return whether they did."""
+    """Run until two block medians in a row differ by less than `STEADY`; return if they did."""
     end = time.perf_counter() + WARMUP_LIMIT_S
     previous = float("inf")
     while time.perf_counter() < end:
@@ -393,11 +394,10 @@ def interval(
     return float(low), float(high)
 
 
-def _least_ratio(base: Medians, own: Medians, *, threads: int) -> tuple[float, float, float]:
+def _least_ratio(base: Medians, own: Medians) -> tuple[float, float, float]:
     """Return the ratio of two sessions' least block medians, and where a second bench finds it."""
     low, high = interval(lambda drawn: base[drawn].min(axis=1) / own[drawn].min(axis=1), len(own))
-    repeats = 1 + REPEATS[threads > 1]
-    return float(base.min() / own.min()), low / repeats, high * repeats
+    return float(base.min() / own.min()), low / (1 + REPEATS), high * (1 + REPEATS)
 
 
 def rank(
@@ -475,9 +475,7 @@ def _row(
 ) -> Measurement:
     times = own.times
     p50, p90, p99 = np.percentile(times, (50, 90, 99))
-    ratio, low, high = _least_ratio(
-        of_base.medians / base.streams, own.medians / candidate.streams, threads=threads
-    )
+    ratio, low, high = _least_ratio(of_base.medians / base.streams, own.medians / candidate.streams)
     return Measurement(
         model=candidate.artifact.model,
         artifact_sha256=candidate.artifact_sha256,

@@ -1,14 +1,36 @@
 import gc
 import hashlib
+import os
 import tempfile
 
 import pytest
+
+# read where torch loads OpenMP: ncnn's threads otherwise wait for each other in busy loops
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from litezoo.models.catalogue import get_spec, list_models
 
 
-def pytest_configure():
+def pytest_configure(config):
+    _keep_to_one_core(config)
+    _write_onnx_once()
+
+
+def _keep_to_one_core(config):
+    """Give each parallel worker a core: runtimes then start one thread.
+
+    Threads of ONNX Runtime and OpenVINO that wait for each other beside another worker on the
+    same cores took more time than their work.
+    """
+    if hasattr(config, "workerinput") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        worker = int(config.workerinput["workerid"].removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
+def _write_onnx_once():
     """Write each network as ONNX once: the same weights for the same images share torch's work."""
     from litezoo.export import to_onnx
 
@@ -64,12 +86,38 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _batchnorm_on_meta():
+    """On the meta device BatchNorm is dozens of Python operations: a third of a network's time.
+
+    It keeps shape and dtype; where they do not fit its own, and in training and export, it is
+    PyTorch's.
+    """
+    forward = torch.nn.BatchNorm2d.forward
+
+    def keep(self, x):
+        plain = type(x) is torch.Tensor and x.is_meta and not self.training
+        if plain and x.ndim == 4 and x.shape[1] == self.num_features:
+            if self.affine and self.track_running_stats and x.dtype == self.weight.dtype:
+                return torch.empty_like(x)
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.BatchNorm2d, "forward", keep)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _scratch(tmp_path_factory):
-    """What torch, inductor and killed processes leave in the temporary folder goes with pytest's."""
-    folder = tmp_path_factory.mktemp("scratch")
+    """What torch, inductor and killed processes leave as temporary files goes with pytest's.
+
+    Inductor's cache is for all workers: its compiled headers take longer than a network's code.
+    """
+    folder, base = tmp_path_factory.mktemp("scratch"), tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(session / "inductor"))
+        patch.setenv("TRITON_CACHE_DIR", str(session / "inductor" / "triton"))
         patch.setattr(tempfile, "tempdir", str(folder))
         yield
 

@@ -1,7 +1,8 @@
 """Build the wheel, install it into a fresh environment, and use it from outside the checkout.
 
 It lists models, trains on the digits, exports, verifies, loads the engine and measures it, and
-draws the results it came with, all in a scratch folder; nothing of the checkout may be imported there.
+draws the results it came with, all in a scratch folder; nothing of the checkout may be imported
+there.
 """
 
 import os

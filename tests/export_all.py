@@ -85,8 +85,11 @@ def write_table(done):
     write_whole(TABLE, text)
 
 
-def export_one(name, wanted=CELLS, images_for_int8=CALIBRATION):
-    """Return the `wanted` cells of one network's row; a failure is a cell "!reason"."""
+def export_one(name, wanted=CELLS, *, network=None, images_for_int8=CALIBRATION):
+    """Return the `wanted` cells of one network's row; a failure is a cell "!reason".
+
+    It is the network of that name with random weights unless another is given.
+    """
     import numpy as np
     import torch
 
@@ -103,7 +106,7 @@ def export_one(name, wanted=CELLS, images_for_int8=CALIBRATION):
     rng = np.random.default_rng(0)
     cells = {}
     try:
-        train_form = load_source(name, "random", ()).model.eval()
+        train_form = (network or load_source(name, "random", ()).model).eval()
         deploy = fuse(train_form).eval() if graph_form(train_form) == "train" else train_form
         shape = (train_form.in_chans, SIDE, SIDE)
         images, calibration = (
@@ -116,7 +119,7 @@ def export_one(name, wanted=CELLS, images_for_int8=CALIBRATION):
         check_parity(
             "fuse", expected, logits[0], reference="the train form", tolerance=TOLERANCE["fp32"]
         )
-        del train_form
+        del train_form, network
         fp32, _ = simplify_onnx(export_onnx(deploy, images[:2], metadata={}), images)
     except Exception as error:
         cells = dict.fromkeys(wanted, f"!{_reason(error)}")

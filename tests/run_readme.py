@@ -28,13 +28,19 @@ def local_hub() -> HubServer:
 
 
 def main(readme: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="litezoo-readme-") as cache:
+        return run_all(readme, cache)
+
+
+def run_all(readme: str, cache: str) -> int:
+    """Run the blocks with this folder as the hub's cache; return the exit status."""
     text = Path(readme).read_text(encoding="utf-8")
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "HF_ENDPOINT": local_hub().endpoint,
-        "HF_HOME": tempfile.mkdtemp(),
+        "HF_HOME": cache,
     }
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands: list[list[str]] = []

@@ -25,6 +25,7 @@ from litezoo.benchmarks.disturbance import Disturbance, Quiet
 from litezoo.benchmarks.machine import read_machine
 from litezoo.benchmarks.measure import candidates_of
 from litezoo.benchmarks.results import append_rows, read_rows
+from litezoo.export import exporter
 from litezoo.models.catalogue import get_spec
 from litezoo.models.errors import MissingError, UsageError
 
@@ -60,7 +61,7 @@ def noisy(monkeypatch):
 def smooth(monkeypatch):
     """Blocks of one length: what is tested here is not how far they are apart."""
     monkeypatch.setattr(protocol, "spread", lambda medians: 0.01)
-    monkeypatch.setattr(protocol, "_least_ratio", lambda base, own, *, threads: (2.0, 1.9, 2.1))
+    monkeypatch.setattr(protocol, "_least_ratio", lambda base, own: (2.0, 1.9, 2.1))
 
 
 def test_each_number_of_threads_and_streams_is_measured(here, for_cpu, smooth):
@@ -123,6 +124,30 @@ def test_rows_of_a_disturbed_machine_are_not_published(here, for_cpu, noisy, cap
     assert litezoo("bench", for_cpu, *words) == 0
     rows = read_rows([here / "mine" / "cpu.jsonl"])
     assert len(rows) == 3 and all("disturbed" in r.refused for r in rows)
+
+
+def test_a_network_with_refused_rows_is_measured_again(here, for_cpu, monkeypatch):
+    runs = []
+
+    def measure(candidates, *, batch, threads, progress):
+        runs.append(batch)
+        wide = {(1, 1): (0.9, 0.9, 0.01), (1, 2): (0.01, 0.9, 0.9)}.get(
+            (batch, len(runs)), (0.01,) * 3
+        )
+        return [
+            row(batch=batch, precision=name, spread=value, date=f"run {len(runs)}")
+            for name, value in zip(("fp32", "bf16", "int8"), wide, strict=True)
+        ]
+
+    monkeypatch.setattr(module, "measure", measure)
+    steps = []
+    found = bench([for_cpu], batches=[1, 2], threads=[1], progress=steps.append)
+    assert runs == [1, 1, 2]
+    assert "batch 1: again, as 2 of 3 rows were refused" in steps
+    # the second run was no better: the first counts, with what it refuses
+    assert [r.date for r in found.rows] == ["run 1"] * 3 + ["run 3"] * 3
+    assert [bool(r.refused) for r in found.rows] == [True, True, False] + [False] * 3
+    assert len(read_rows(found.files)) == len(found.published) == 4
 
 
 def test_a_sweep_ends_where_throughput_gains_no_more(here, for_cpu, monkeypatch):
@@ -210,6 +235,24 @@ def test_what_is_missing_of_the_reference_set_is_exported(here):
     assert steps[0] == "exporting mobilenetv1_100, 1 of 13 that are missing"
 
 
+def test_the_command_exports_with_random_weights_and_measures(here, for_cpu, smooth, monkeypatch):
+    asked = {}
+
+    def export(model, **words):
+        asked.update(words, model=model)
+        shutil.copytree(for_cpu, words["out"])
+
+    monkeypatch.setattr(module, "REFERENCE_SET", ("repvgg_tiny",))
+    monkeypatch.setattr(exporter, "export", export)
+    words = ("bench", "--reference-set", "--batch", 1, "--threads", 1)
+    assert litezoo(*words) == 0
+    assert (asked["model"], asked["device"]) == ("repvgg_tiny", "cpu")
+    assert asked["weights"] == asked["calibration"] == "random" and callable(asked["rank"])
+    assert len(read_rows([here / "benchmarks" / "results" / "cpu.jsonl"])) == 3
+    asked.clear()
+    assert litezoo(*words) == 0 and asked == {}
+
+
 # -------------------------------------------------------------------------------- repeating
 
 
@@ -238,7 +281,7 @@ def test_a_row_that_others_are_compared_with_has_no_ratio_to_agree(measured):
 def test_a_ratio_outside_the_interval_ends_with_3_on_the_same_machine(
     measured, here, monkeypatch, capsys
 ):
-    monkeypatch.setattr(protocol, "_least_ratio", lambda base, own, *, threads: (3.0, 2.9, 3.1))
+    monkeypatch.setattr(protocol, "_least_ratio", lambda base, own: (3.0, 2.9, 3.1))
     name = measured[-1].id
     assert litezoo("bench", "--repro", name) == 3
     out, err = capsys.readouterr()

@@ -688,7 +688,7 @@ def test_random_weights_are_marked_as_for_speed_only(here, capsys, short):
     assert artifact.weights == "random" and artifact.weights_sha256 is None
     assert artifact.notes == ("random weights: for measuring speed only",)
     assert artifact.classes == () and artifact.data is None
-    assert artifact.preprocess.input_size == (3, 224, 224)
+    assert artifact.preprocess.input_size == (3, 64, 64)
     assert all(engine.accuracy is None for engine in artifact.engines)
 
 

@@ -56,16 +56,6 @@ class Tiny(nn.Sequential):
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """Keep inductor's files out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("inductor")
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def source():
     torch.manual_seed(0)
     module = shake(Tiny()).eval()
@@ -79,7 +69,7 @@ def expected(source):
 
 
 @pytest.fixture(scope="module")
-def package(source, tmp_path_factory, caches):
+def package(source, tmp_path_factory):
     """Return the fp32 package."""
     folder = tmp_path_factory.mktemp("package")
     (file,) = RUNTIME.build(source, device=CPU, precision="fp32", folder=folder)
@@ -180,7 +170,7 @@ def test_a_batch_of_another_shape_is_refused(package, shape):
 
 
 @needs_compiler
-def test_a_bf16_package_computes_in_bf16(source, expected, tmp_path, caches):
+def test_a_bf16_package_computes_in_bf16(source, expected, tmp_path):
     files = RUNTIME.build(source, device=CPU, precision="bf16", folder=tmp_path)
     error = error_of(load(*files, precision="bf16").run(source.images), expected)
     assert 1e-4 < error < TOLERANCE["bf16"]
@@ -191,7 +181,7 @@ class Refused(nn.Module):
         return x if x.sum() > 0 else -x  # a branch on a value: torch.export has no graph for it
 
 
-def test_a_network_that_torch_cannot_compile_is_refused(source, tmp_path, caches):
+def test_a_network_that_torch_cannot_compile_is_refused(source, tmp_path):
     broken = dataclasses.replace(source, module=Refused())
     with pytest.raises(CheckFailed, match=rf"torch {HERE}.* refuses to compile the network for"):
         RUNTIME.build(broken, device=CPU, precision="fp32", folder=tmp_path)
@@ -382,7 +372,7 @@ def test_a_session_s_threads_are_its_own():
 
 
 @needs_compiler
-def test_a_compiled_session_is_frozen_and_gives_the_module_s_logits(source, expected, caches):
+def test_a_compiled_session_is_frozen_and_gives_the_module_s_logits(source, expected):
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -411,7 +401,6 @@ def gpu():
 
 @pytest.mark.parametrize("precision", [*TOLERANCE])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.usefixtures("caches")
 class TestEagerOnGpu:
     pytestmark = needs_gpu
 
@@ -432,9 +421,7 @@ class TestOnGpu:
     pytestmark = needs_gpu
 
     @pytest.mark.parametrize("precision", [*TOLERANCE])
-    def test_a_package_gives_the_module_s_logits(
-        self, source, expected, gpu, tmp_path, caches, precision
-    ):
+    def test_a_package_gives_the_module_s_logits(self, source, expected, gpu, tmp_path, precision):
         files = RUNTIME.build(source, device=gpu, precision=precision, folder=tmp_path)
         session = load(*files, device=gpu, precision=precision)
         for count in (1, 2, 7, 1):

@@ -37,6 +37,7 @@ TINY = dataclasses.replace(
         "groups": 1,
         "squeeze_excite": False,
     },
+    resolution=64,
     weights=(),
 )
 
