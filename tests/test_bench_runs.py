@@ -13,6 +13,7 @@ from test_train import litezoo, tiny_model
 
 from litezoo.benchmarks import bench as module
 from litezoo.benchmarks import measure as protocol
+from litezoo.benchmarks import publish
 from litezoo.benchmarks.bench import (
     REFERENCE_SET,
     bench,
@@ -139,6 +140,7 @@ def test_a_network_with_refused_rows_is_measured_again(here, for_cpu, monkeypatc
             for name, value in zip(("fp32", "bf16", "int8"), wide, strict=True)
         ]
 
+    monkeypatch.setattr(publish, "MOST_SPREAD", 0.3)
     monkeypatch.setattr(module, "measure", measure)
     steps = []
     found = bench([for_cpu], batches=[1, 2], threads=[1], progress=steps.append)
