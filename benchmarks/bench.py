@@ -129,7 +129,7 @@ def bench(
     return Bench(
         rows=tuple(rows),
         files=tuple(files),
-        agreement=compare_rows([row for row in rows if not row.refused], before),
+        agreement=compare_rows(rows, before),
     )
 
 
@@ -216,14 +216,16 @@ def find_knees(rows: Sequence[Measurement]) -> dict[str, tuple[Measurement, Meas
 def compare_rows(new: Sequence[Measurement], old: Sequence[Measurement]) -> Agreement:
     """Compare ratios with the latest earlier rows of the same conditions and machine.
 
-    They agree where the new ratio lies in the interval that the old row gives. Rows that others'
-    ratios are over are 1 and are not counted.
+    They agree where the new ratio lies in the interval that the old row gives. Refused rows are not
+    counted, nor those that others' ratios are over, which are 1.
     """
-    before = {_key(row): row for row in latest(old)}
+    before = {conditions(row): row for row in latest(old)}
     pairs = [
-        (row, before[_key(row)])
+        (row, before[conditions(row)])
         for row in new
-        if _key(row) in before and row.ratio_to != f"{row.model} {row.label}"
+        if not row.refused
+        and conditions(row) in before
+        and row.ratio_to != f"{row.model} {row.label}"
     ]
     known = [
         (now, then, then.ratio_low, then.ratio_high)
@@ -239,10 +241,6 @@ def compare_rows(new: Sequence[Measurement], old: Sequence[Measurement]) -> Agre
             if not low <= now.ratio <= high
         ),
     )
-
-
-def _key(row: Measurement) -> tuple[object, ...]:
-    return (*conditions(row), row.ratio_to)
 
 
 # ----------------------------------------------------------------------------- reference set

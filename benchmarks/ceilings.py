@@ -29,10 +29,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from litezoo.export.runtime import Array, get_runtime
 from litezoo.models.errors import CheckFailed, MissingError, UsageError, first_line, require
@@ -41,7 +40,7 @@ from litezoo.recipes.devices import Device, get_device
 
 from .machine import Machine, read_machine, usable_cpus
 from .measure import PROTOCOL, Medians, check_conditions, empty_session_us, interleave, spread
-from .rows import STRICT, results_folder, why_invalid
+from .rows import STRICT, read_record, results_folder
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ __all__ = [
     "write_ceilings",
 ]
 
-SCHEMA = 1
+SCHEMA: Final = 1
 Kind = Literal["gemm", "conv3x3", "depthwise3x3", "copy", "read", "cache", "call", "layer"]
 Unit = Literal["tera-ops/s", "GB/s", "us"]
 #: Arithmetic whose best way is a dtype's ceiling.
@@ -113,7 +112,7 @@ class Ceilings:
     not_measured: Mapping[str, str]
     date: str
     protocol: str
-    schema: int = SCHEMA
+    schema: Literal[1] = SCHEMA
 
     def __post_init__(self) -> None:
         """Refuse numbers that are no ceilings."""
@@ -899,17 +898,9 @@ def read_ceilings(device: str, *, folder: Path | None = None) -> Ceilings | None
     file = ceilings_file(device, folder=folder)
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("schema") != SCHEMA:
-            raise ValueError(f"schema {values.get('schema')} is not {SCHEMA}")
-        return TypeAdapter(Ceilings).validate_json(json.dumps(values), strict=True)
-    except (AttributeError, ValueError) as error:
-        reason = why_invalid(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckFailed(
-            f"{file} holds no ceilings ({reason}); measure them again: litezoo ceilings --device "
-            f"{device}"
-        ) from error
+    return read_record(
+        file, Ceilings, name="ceilings", command=f"litezoo ceilings --device {device}"
+    )
 
 
 def ceilings_table(ceilings: Ceilings) -> list[tuple[str, ...]]:

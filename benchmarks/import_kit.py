@@ -18,7 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from litezoo.export.artifact import MANIFEST, Artifact, Engine, check_hashes, read_artifact
+from litezoo.export.artifact import (
+    MANIFEST,
+    Artifact,
+    Engine,
+    check_hashes,
+    read_artifact,
+)
 from litezoo.export.build_engine import (
     FORMS,
     KIT_FORMAT,
@@ -33,7 +39,7 @@ from litezoo.models.files import file_sha256
 from litezoo.recipes.devices import Device, get_device
 
 from .machine import Machine
-from .measure import Measurement
+from .measure import Measurement, top1_data
 from .results import append_rows, read_rows
 
 __all__ = ["PROTOCOL", "import_result"]
@@ -49,7 +55,7 @@ class _Origin:
     sha256: str
     weights: str
     graph_form: str
-    accuracy: Mapping[str, float]
+    accuracy: Mapping[str, tuple[float, str]]
 
 
 def import_result(file: Path, *, results: Path, artifact: Path | None = None) -> list[Measurement]:
@@ -196,16 +202,19 @@ def _compare(values: Mapping[str, Any], folder: Path | None) -> _Origin:
     )
 
 
-def _accuracies(artifact: Artifact) -> dict[str, float]:
-    """Return the top-1 in percent of each typed ONNX file, by form."""
-    found = {name: entry.top1_percent for name, entry in artifact.onnx_accuracy.items()}
+def _accuracies(artifact: Artifact) -> dict[str, tuple[float, str]]:
+    """Return the top-1 in percent of each typed ONNX file, by form, and what it is of."""
     engines: dict[str, Engine] = {
         form: engine
         for engine in artifact.engines
         for form, file in artifact.onnx.items()
         if file in engine.files
     }
-    return found | {f: e.accuracy.top1_percent for f, e in engines.items() if e.accuracy}
+    own = {form: engine.accuracy for form, engine in engines.items() if engine.accuracy}
+    return {
+        form: (accuracy.top1_percent, top1_data(accuracy, artifact))
+        for form, accuracy in {**artifact.onnx_accuracy, **own}.items()
+    }
 
 
 def _machine(values: Mapping[str, Any]) -> Machine:
@@ -240,6 +249,7 @@ def _rows(values: Mapping[str, Any], *, model: str, origin: _Origin) -> list[Mea
     rows = []
     for entry in values["engines"]:
         precision = _text(entry, "precision")
+        top1_percent, data = origin.accuracy.get(FORMS[precision], (None, ""))
         if not entry["timings"]:
             raise CheckFailed(f"{entry['engine']} was not timed; run the kit again")
         for row in entry["timings"]:
@@ -271,7 +281,8 @@ def _rows(values: Mapping[str, Any], *, model: str, origin: _Origin) -> list[Mea
                     spread=round(_number(row, "spread"), 3),
                     runs=_count(row, "runs"),
                     seconds=round(_number(row, "seconds"), 2),
-                    top1_percent=origin.accuracy.get(FORMS[precision]),
+                    top1_percent=top1_percent,
+                    top1_data=data,
                     machine=machine,
                     protocol=PROTOCOL if row["cuda_graph"] is True else f"{PROTOCOL} without graph",
                     date=date,

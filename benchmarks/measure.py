@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from litezoo.export.artifact import (
     MANIFEST,
+    Accuracy,
     Artifact,
     Engine,
     LoadedArtifact,
@@ -67,7 +68,7 @@ __all__ = [
 ]
 
 PROTOCOL = "interleaved-3"
-SCHEMA = 2
+SCHEMA = 3
 BLOCK_S, IDLE_S = 0.2, 0.08
 MIN_ROUNDS, MIN_SECONDS, MIN_RUNS = 5, 1.0, 50
 MOST_SECONDS = 5.0  # of one candidate, past which 50 runs are not waited for
@@ -97,8 +98,8 @@ class Measurement:
     ended because times were steady, `outliers` the calls of more than twice their block's median
     (they count in the percentiles, not in `best_ms` or `ratio`), `harness_us` a call of a session
     that does nothing, `flops_percent` and `bytes_percent` what is reached of the machine's measured
-    ceilings, and `refused` why the row is not to be published. Rows of schema 1 lack what has a
-    default.
+    ceilings, `top1_data` the images that the top-1 is of and the number of classes, and `refused`
+    why the row is not to be published. Rows of older schemas lack what has a default.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
@@ -136,6 +137,7 @@ class Measurement:
     harness_us: float | None = None
     flops_percent: float | None = None
     bytes_percent: float | None = None
+    top1_data: str = ""
     conditions: Conditions | None = None
     refused: str = ""
     schema: int = SCHEMA
@@ -176,6 +178,7 @@ class Candidate:
     session: Session
     weights: str
     top1_percent: float | None = None
+    top1_data: str = ""
     streams: int = 1
     scope: Scope = "engine"
     onnx: Path | None = None
@@ -212,6 +215,11 @@ def check_conditions(
         )
 
 
+def top1_data(accuracy: Accuracy | None, artifact: Artifact) -> str:
+    """Return what an artifact's accuracy is of, e.g. "digits (val), 10 classes"."""
+    return "" if accuracy is None else f"{accuracy.data}, {artifact.num_classes} classes"
+
+
 def candidates_of(
     folder: Path, *, threads: int, streams: Sequence[int] = (1,), end_to_end: bool = False
 ) -> list[Candidate]:
@@ -237,6 +245,7 @@ def candidates_of(
             session=load_session(folder, artifact, engine, threads=threads),
             weights="random" if artifact.weights == "random" else "trained",
             top1_percent=engine.accuracy.top1_percent if engine.accuracy else None,
+            top1_data=top1_data(engine.accuracy, artifact),
             onnx=folder / artifact.onnx[_form(artifact, engine)],
         )
         for count in streams:
@@ -499,6 +508,7 @@ def _row(
         runs=len(times),
         seconds=round(float(times.sum()) / 1e3, 2),
         top1_percent=candidate.top1_percent,
+        top1_data=candidate.top1_data,
         machine=machine,
         protocol=PROTOCOL,
         date=date,

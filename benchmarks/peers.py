@@ -21,7 +21,7 @@ from litezoo.models.catalogue import get_spec
 from litezoo.models.errors import UsageError, require, unknown_name
 from litezoo.models.files import file_sha256
 
-from .measure import Candidate
+from .measure import Candidate, top1_data
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,10 +50,11 @@ def pytorch_candidates(folder: Path, *, threads: int) -> list[Candidate]:
     else:
         train = create_model(
             artifact.model,
-            num_classes=len(artifact.classes) or 1000,
+            num_classes=artifact.num_classes,
             in_chans=artifact.preprocess.input_size[0],
         )
-    top1 = [e.accuracy.pytorch_top1_percent for e in artifact.engines if e.accuracy]
+    found = [engine.accuracy for engine in artifact.engines if engine.accuracy]
+    accuracy = found[0] if found and is_here else None
     deploy = fuse(train)
     return [
         Candidate(
@@ -66,7 +67,8 @@ def pytorch_candidates(folder: Path, *, threads: int) -> list[Candidate]:
                 model, channels_last=layout, compiled=False, precision="fp32", threads=threads
             ),
             weights="trained" if is_here else "random",
-            top1_percent=top1[0] if top1 and is_here else None,
+            top1_percent=accuracy.pytorch_top1_percent if accuracy else None,
+            top1_data=top1_data(accuracy, artifact),
         )
         for runtime, form, model, layout in (
             ("pytorch-eager", "train", train.eval(), False),

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from litezoo.models.errors import CheckFailed, MissingError
+from litezoo.models.errors import MissingError
 from litezoo.models.files import write_whole
 
 from .draw_roofline import operations
 from .graph import Kind
 from .profiling import Profile
 from .roofline import Bound
-from .rows import STRICT, results_folder, why_invalid
+from .rows import STRICT, read_record, results_folder
 
 __all__ = [
     "StoredLayer",
@@ -158,10 +156,5 @@ def read_profiles(folder: Path | None = None) -> list[StoredProfile]:
 
 def read_profile(file: Path) -> StoredProfile:
     """Return one kept profile; a damaged file is a CheckFailed."""
-    try:
-        return TypeAdapter(StoredProfile).validate_json(file.read_bytes(), strict=True)
-    except ValidationError as error:
-        raise CheckFailed(
-            f"{file} holds no profile ({why_invalid(error)}); make it again: litezoo profile "
-            "MODEL --device D --save"
-        ) from error
+    command = "litezoo profile MODEL --device D --save"
+    return read_record(file, StoredProfile, name="profile", command=command)

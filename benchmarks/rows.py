@@ -21,7 +21,7 @@ from litezoo.models.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["STRICT", "Store", "newest", "results_folder", "why_invalid"]
+__all__ = ["STRICT", "Store", "newest", "read_record", "results_folder", "why_invalid"]
 
 #: What a row's dataclass sets as `__pydantic_config__`: no other fields, no NaN.
 STRICT = {"extra": "forbid", "allow_inf_nan": False}
@@ -46,6 +46,16 @@ def why_invalid(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def read_record(file: Path, record: type[_Row], *, name: str, command: str) -> _Row:
+    """Read a JSON file that is one dataclass; a damaged one is a CheckFailed with `command`."""
+    try:
+        return TypeAdapter(record).validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise CheckFailed(
+            f"{file} holds no {name} ({why_invalid(error)}); make it again: {command}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -134,6 +134,11 @@ class Artifact:
             raise MissingError(f"nothing to run was built: {'; '.join(self.not_built.values())}")
 
     @property
+    def num_classes(self) -> int:
+        """The number of classes; public weights, which have no names for them, are of 1000."""
+        return len(self.classes) or 1000
+
+    @property
     def bare_onnx(self) -> Mapping[str, str]:
         """The ONNX files, by form, that no engine of this artifact loads as they are."""
         loaded = {file for engine in self.engines for file in engine.files}

@@ -151,9 +151,12 @@ class OpenVino:
             raise MissingError(
                 f"this CPU has no bf16 instructions, which {precision} needs; take int8 or fp32"
             )
+        cores = os.cpu_count() or 1
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
-            "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
+            "INFERENCE_NUM_THREADS": threads or cores,
+            # several sessions of fewer threads would all be kept on the first cores
+            "ENABLE_CPU_PINNING": (threads or cores) >= cores,
             "PERFORMANCE_HINT": objective.upper(),
             "PERF_COUNT": profile,
         }

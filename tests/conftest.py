@@ -2,6 +2,7 @@ import gc
 import hashlib
 import os
 import tempfile
+import types
 
 import pytest
 
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from litezoo.models import catalogue
 from litezoo.models.catalogue import get_spec, list_models
 
 
@@ -77,6 +79,31 @@ def pytest_collection_finish():
 def pytest_sessionfinish():
     """Python tidies up at its end as ever."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    """Have "repvgg_tiny" in the catalogue meanwhile, through the entry point group."""
+    from test_train import TINY
+
+    point = types.SimpleNamespace(name="tests", load=lambda: (TINY,))
+
+    def entry_points(*, group):
+        return [point] if group == "litezoo.models" else []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "entry_points", entry_points)
+        catalogue._registry.cache_clear()
+        yield
+    catalogue._registry.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def for_cpu(tiny_model, tmp_path_factory):
+    """Return the tiny run's artifact for this CPU."""
+    from test_export import exported
+
+    return exported(tmp_path_factory, "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

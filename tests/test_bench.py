@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_export import exported
-from test_train import litezoo, tiny_model
+from test_train import litezoo
 
 from litezoo.benchmarks import machine as machine_module
 from litezoo.benchmarks import measure as protocol
@@ -41,16 +41,7 @@ from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
 from litezoo.models.files import file_sha256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
-
-
-@pytest.fixture(scope="module")
-def for_cpu(tmp_path_factory):
-    return exported(tmp_path_factory, "cpu")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture
@@ -138,7 +129,7 @@ def test_a_row_says_what_was_measured_and_how(candidate):
     assert (row.ratio_low, row.ratio_high) == pytest.approx((2 / 1.15, 2 * 1.15), abs=1e-3)
     assert row.spread == 0 and row.best_ms == pytest.approx(2.0) and row.steady
     assert row.harness_us == 0.25
-    assert (row.streams, row.scope, row.refused, row.schema) == (1, "engine", "", 2)
+    assert (row.streams, row.scope, row.refused, row.schema) == (1, "engine", "", 3)
     assert row.conditions.blocks == 5 and row.conditions.disturbed_blocks == 0
     assert dataclasses.asdict(row.machine) == {
         **dataclasses.asdict(read_machine()),
@@ -535,7 +526,7 @@ def test_older_lines_are_kept(tmp_path):
 def test_a_line_holds_plain_json_with_its_units(tmp_path):
     (file,) = append_rows([ROW], tmp_path)
     values = json.loads(file.read_text())
-    assert values["p50_ms"] == 8.125 and values["schema"] == 2
+    assert values["p50_ms"] == 8.125 and values["schema"] == 3
     assert values["machine"]["versions"] == {"python": "3.12.1", "openvino": "2025.1"}
 
 
@@ -544,7 +535,7 @@ DAMAGED = {
     "no json": lambda line: "hello",
     "empty": lambda line: "",
     "a number": lambda line: "3",
-    "another schema": lambda line: line.replace('"schema": 2', '"schema": 7'),
+    "another schema": lambda line: line.replace('"schema": 3', '"schema": 7'),
     "a field too few": lambda line: line.replace('"runs": 120, ', ""),
     "a field too many": lambda line: line.replace('"runs": 120', '"runs": 120, "x": 1'),
     "not a number": lambda line: line.replace('"p50_ms": 8.125', '"p50_ms": NaN'),
@@ -618,6 +609,7 @@ def test_an_older_row_read_later_does_not_count():
         {"scope": "end-to-end"},
         {"weights": "elsewhere"},
         {"protocol": "another"},
+        {"ratio_to": "repvgg_a0 another"},
         {"machine": dataclasses.replace(ROW.machine, cpu="Another")},
     ],
     ids=lambda values: next(iter(values)),
@@ -645,6 +637,16 @@ def test_the_table_has_the_fastest_of_each_model_batch_and_number_of_threads():
         "interleaved-2, 2026-01-02."
     )
     assert len(lines) == 6  # one line for the one machine
+
+
+def test_the_table_begins_with_the_fastest_network_and_leaves_out_what_few_were_measured_at():
+    names = [f"net{number}" for number in range(5)]
+    rows = [row(model=name, p50_ms=9.0 - place) for place, name in enumerate(names)]
+    few = [row(model=names[0], batch=batch) for batch in (2, 4)]
+    lines = markdown_table([*rows, *few]).splitlines()
+    assert lines[0] == "| device | model | input | batch 1, 2 threads |"
+    assert [line.split(" | ")[1] for line in lines[2:7]] == names[::-1]
+    assert "batch 2" in markdown_table([*rows, *(row(model=n, batch=2) for n in names[:2])])
 
 
 # -------------------------------------------------------------------------------------- the README
@@ -723,6 +725,7 @@ def test_engines_are_measured_beside_pytorch_in_both_forms(here, for_cpu, short,
     for row in rows:
         assert row.artifact_sha256 == file_sha256(for_cpu / "manifest.json")
         assert row.top1_percent == top1 and row.weights == "trained"
+        assert row.top1_data == "digits (val), 10 classes"
         assert row.resolution == (1, 32, 32) and row.threads == 1
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms and row.images_per_s > 0
         assert row.ratio > 0 and row.ratio_to == "repvgg_tiny pytorch-eager fp32 train"

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_bench import ROW, row
-from test_export import exported
-from test_train import litezoo, tiny_model
+from test_train import litezoo
 
 from litezoo.benchmarks import bench as module
 from litezoo.benchmarks import measure as protocol
@@ -30,16 +29,7 @@ from litezoo.export import exporter
 from litezoo.models.catalogue import get_spec
 from litezoo.models.errors import MissingError, UsageError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
-
-
-@pytest.fixture(scope="module")
-def for_cpu(tmp_path_factory):
-    return exported(tmp_path_factory, "cpu")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture

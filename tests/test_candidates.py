@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from test_data import write_folder
-from test_train import litezoo, tiny_model, tiny_run
+from test_train import litezoo, tiny_run
 
 from litezoo.export import exporter, typed
 from litezoo.export.artifact import load as litezoo_load
@@ -22,10 +22,7 @@ from litezoo.models.errors import CheckFailed, MissingError, UsageError
 SMALL = Preprocess(input_size=(3, 32, 32))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture(scope="module")

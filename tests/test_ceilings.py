@@ -492,7 +492,7 @@ def test_ceilings_are_kept_in_one_file_for_each_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda v: v.update(schema=99), "schema 99 is not 1"),
+        (lambda v: v.update(schema=99), "schema: Input should be 1"),
         (lambda v: v.pop("machine"), "machine"),
         (lambda v: v.update(memory_gb_per_s=0), "above 0"),
         (lambda v: v.update(peak_tera_ops_per_s={}), "above 0"),

@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from test_export import exported
-from test_train import litezoo, tiny_model
+from test_train import litezoo
 
 import litezoo as package
 from litezoo.models.catalogue import list_models
@@ -20,15 +19,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = [sys.executable, "-m", "litezoo"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
-
-
-@pytest.fixture(scope="module")
-def for_cpu(tmp_path_factory):
-    return exported(tmp_path_factory, "cpu")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture(autouse=True)

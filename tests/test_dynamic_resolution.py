@@ -11,7 +11,7 @@ import torch
 from helpers import shake, shallow
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import litezoo, tiny_model
+from test_train import litezoo
 from torch import nn
 
 from litezoo.export import exporter, typed
@@ -35,10 +35,7 @@ from litezoo.recipes.devices import get_device
 OTHER = (96, 128)  # what second_size says of 64 x 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from test_data import write_folder
-from test_train import SHORT, digits_top1, litezoo, read_plain, tiny_model, tiny_run
+from test_train import SHORT, digits_top1, litezoo, read_plain, tiny_run
 
 from litezoo.export import exporter, runtime_ncnn, runtime_onnxruntime, runtime_openvino, typed
 from litezoo.export.artifact import (
@@ -57,10 +58,8 @@ def exported(tmp_path_factory, device):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+#: "short": the command ranks engines by a measurement that takes an instant.
+pytestmark = pytest.mark.usefixtures("tiny_model", "short")
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def best(run):
     return str(run / "best.ckpt")
-
-
-@pytest.fixture(scope="module")
-def for_cpu(tmp_path_factory):
-    return exported(tmp_path_factory, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +200,19 @@ def test_accuracy_is_that_of_pytorch_on_the_validation_split(for_cpu, best):
         assert accuracy.top1_percent == accuracy.pytorch_top1_percent
 
 
+@pytest.mark.parametrize(("threads", "pinned"), [(1, False), (3, False), (4, True), (None, True)])
+def test_openvinos_sessions_of_few_threads_are_not_kept_on_the_same_cores(
+    for_cpu, monkeypatch, threads, pinned
+):
+    """Pinned, two sessions of one thread each shared one core: half the throughput of one."""
+    monkeypatch.setattr(runtime_openvino.os, "cpu_count", lambda: 4)
+    core, files = MagicMock(), [for_cpu / "openvino.fp32.xml"]
+    monkeypatch.setattr(runtime_openvino, "one_core", lambda: core)
+    OpenVino().load(files, device=get_device("cpu"), precision="fp32", threads=threads)
+    _model, _device, given = core.compile_model.call_args.args
+    assert given["ENABLE_CPU_PINNING"] is pinned
+
+
 def test_the_expected_logits_are_those_of_the_checkpoint_on_real_images(for_cpu, best):
     with np.load(for_cpu / "expected.npz") as arrays:
         inputs, logits = arrays["inputs"], arrays["logits"]
@@ -215,7 +222,7 @@ def test_the_expected_logits_are_those_of_the_checkpoint_on_real_images(for_cpu,
     assert inputs.min() == pytest.approx(-0.3 / 0.35, abs=1e-6)  # the digits' black
 
 
-def test_the_command_prints_the_evidence(here, best, capsys, short):
+def test_the_command_prints_the_evidence(here, best, capsys):
     assert (
         litezoo(
             "export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", best
@@ -676,7 +683,7 @@ def test_an_artifact_with_nothing_to_run_cannot_be_stated(for_cpu):
 # --------------------------------------------------------------------------- where weights are from
 
 
-def test_random_weights_are_marked_as_for_speed_only(here, capsys, short):
+def test_random_weights_are_marked_as_for_speed_only(here, capsys):
     assert (
         litezoo(
             "export", "repvgg_tiny", "--device", "cpu", "--precision", "fp32", "--weights", "random"

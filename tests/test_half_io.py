@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from test_train import litezoo, tiny_model
+from test_train import litezoo
 
 from litezoo.export.artifact import load, read_artifact, read_expected, verify
 from litezoo.export.compare import worst_layers
@@ -31,10 +31,7 @@ every_form = pytest.mark.parametrize("form", ["fp16", "bf16", "int8-fp16", "int8
 H200_FORMS = {"int8-fp16", "int8-bf16", "fp16", "bf16", "fp32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture(scope="module")

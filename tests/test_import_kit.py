@@ -128,6 +128,7 @@ def test_rows_carry_the_artifact_they_are_of(ran: Ran, write: Write, tmp_path: P
     assert {row.artifact_sha256 for row in rows} == {file_sha256(ran.artifact / "manifest.json")}
     assert {row.weights for row in rows} == {"trained"}
     assert [row.top1_percent for row in rows] == [97.0] * 3 + [None] * 3  # of fp16's file only
+    assert [row.top1_data for row in rows] == ["digits, 1000 classes"] * 3 + [""] * 3
     rows = import_result(write(), results=tmp_path / "b")
     assert {row.artifact_sha256 for row in rows} == {ran.values["kit_sha256"]}
     assert {(row.weights, row.top1_percent) for row in rows} == {("unknown", None)}

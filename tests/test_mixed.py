@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_export import exported
-from test_train import tiny_model
 
 from litezoo.export.artifact import read_artifact, verify
 from litezoo.export.compare import worst_layers
@@ -20,10 +19,7 @@ from litezoo.recipes.devices import get_device
 HAS_BF16 = "BF16" in one_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 class Net:

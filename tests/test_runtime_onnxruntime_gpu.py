@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 import pytest
 from test_export import exported
-from test_train import tiny_model
 
 from litezoo.export import runtime_pytorch
 from litezoo.export.artifact import read_expected
@@ -30,10 +29,7 @@ PROVIDERS = {
 both = pytest.mark.parametrize("name", RUNTIMES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture

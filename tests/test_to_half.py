@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as arrays
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from test_train import tiny_model  # noqa: E402
 
 from litezoo.export.artifact import read_artifact, verify  # noqa: E402
 from litezoo.export.embed import embed_preprocess  # noqa: E402
@@ -296,10 +295,7 @@ def test_the_normalisation_is_put_before_the_first_cast(half):
 # --- the way of a network ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.mark.parametrize(("precision", "form"), [("bf16", "bf16"), ("int8+bf16", "int8-bf16")])

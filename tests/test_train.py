@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import types
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,25 +40,7 @@ TINY = dataclasses.replace(
 )
 
 
-@contextmanager
-def tiny_model():
-    """Have "repvgg_tiny" in the catalogue meanwhile, through the entry point group."""
-    point = types.SimpleNamespace(name="tests", load=lambda: (TINY,))
-
-    def entry_points(*, group):
-        return [point] if group == "litezoo.models" else []
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "entry_points", entry_points)
-        catalogue._registry.cache_clear()
-        yield
-    catalogue._registry.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_model():
-    with tiny_model():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def litezoo(*words):
