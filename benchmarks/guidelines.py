@@ -267,6 +267,7 @@ def _choose_runtime(device: Device, name: str | None, precision: str) -> str:
         if (reason := runtime.missing(device)) is not None:
             raise MissingError(reason)
         return name
+    device.need_runtime()
     reasons = []
     for candidate in device.runtimes:
         runtime = get_runtime(candidate)

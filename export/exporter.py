@@ -136,6 +136,7 @@ def export(
     Raises CheckFailed where a stage's output differs, MissingError where something is not here.
     """
     target = get_device(device)
+    target.need_runtime()
     request = Request(
         device=target, precisions=target.select_precisions(precision), is_auto=precision == "auto",
         calibration=calibration, keep_float=tuple(keep_float), max_drop=max_drop,

@@ -8,6 +8,7 @@ An unknown fact is left out, never invented.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from litezoo.models.errors import UsageError, unknown_name
+from litezoo.models.errors import MissingError, UsageError, unknown_name
 
 __all__ = ["PATTERNS", "Batch", "Device", "Limits", "get_device", "list_devices", "load_device"]
 
@@ -48,11 +49,17 @@ PATTERNS: Mapping[str, str] = MappingProxyType(
 _PHYSICS = (
     "compute_capability",
     "peak_tera_ops_per_s",
+    "sustained_tera_ops_per_s",
     "memory_gb_per_s",
     "memory_gib",
     "l2_cache_mib",
+    "l3_cache_mib",
     "power_w",
+    "units",
+    "clock_ghz",
 )
+#: YAML's C parser where PyYAML has it: ten times as fast, and dozens of files are read at once.
+_YamlLoader: typing.Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +133,13 @@ class Limits:
 class Device:
     """One target chip and what runs on it.
 
-    `peak_tera_ops_per_s` is dense arithmetic (2 per multiply-accumulate) by dtype; `precisions`
-    are what export offers, the best first; `toolchain` maps a package to the versions
-    that serve this device.
+    `peak_tera_ops_per_s` is dense arithmetic (2 per multiply-accumulate) by dtype, of all `units`
+    together: the multiprocessors, or the cores of one kind, that share one kernel. What a chip
+    keeps up in networks, by its power limit or because sums are of float32, is
+    `sustained_tera_ops_per_s` where that differs. `clock_ghz` is the highest of the units;
+    chips of one architecture share a `generation`. `precisions` are what export offers, the best
+    first; `toolchain` maps a package to the versions that serve this device. `runtimes` are empty
+    where litezoo builds nothing for the chip: times are then published or predicted ones.
     """
 
     name: str
@@ -138,10 +149,15 @@ class Device:
     precisions: tuple[str, ...]
     batch: Batch = Batch()
     compute_capability: str | None = None
+    generation: str | None = None
+    units: int | None = None
+    clock_ghz: float | None = None
     peak_tera_ops_per_s: Mapping[str, float] = field(default_factory=dict)
+    sustained_tera_ops_per_s: Mapping[str, float] = field(default_factory=dict)
     memory_gb_per_s: float | None = None
     memory_gib: float | None = None
     l2_cache_mib: float | None = None
+    l3_cache_mib: float | None = None
     power_w: float | None = None
     workspace_mib: int = 1024
     toolchain: Mapping[str, str] = field(default_factory=dict)
@@ -155,12 +171,19 @@ class Device:
             ("kind", (self.kind,), _KINDS),
             ("precisions", self.precisions, _PRECISIONS),
             ("peak_tera_ops_per_s", self.peak_tera_ops_per_s, _DTYPES),
+            ("sustained_tera_ops_per_s", self.sustained_tera_ops_per_s, _DTYPES),
         ):
             for value in values:
                 if value not in allowed:
                     raise UsageError(f"{key} has {value!r}, allowed are {', '.join(allowed)}")
-        if not self.precisions or not self.runtimes:
-            raise UsageError("runtimes and precisions need at least one entry each")
+        if not self.precisions:
+            raise UsageError("precisions need at least one entry")
+        if self.generation is not None and not re.fullmatch(
+            "[a-z0-9]+(-[a-z0-9]+)*", self.generation
+        ):
+            raise UsageError(
+                f"generation is {self.generation!r}; it is a slug such as ampere or cortex-a76"
+            )
         for key in _PHYSICS:
             value = getattr(self, key)
             if value in (None, {}):
@@ -168,13 +191,29 @@ class Device:
             if key not in self.sources:
                 raise UsageError(f"{key} is given without a source; add sources: {key}: ...")
             numbers = value.values() if isinstance(value, Mapping) else (value,)
-            if any(isinstance(n, float) and not 0 < n < math.inf for n in numbers):
+            if any(isinstance(n, (int, float)) and not 0 < n < math.inf for n in numbers):
                 raise UsageError(f"{key} is {value}; a physical fact is a number above 0")
         for key in self.limits.given():
             if f"limits.{key}" not in self.sources:
                 raise UsageError(
                     f"limits.{key} is given without a source; add sources: limits.{key}: ..."
                 )
+
+    def need_runtime(self) -> None:
+        """Raise a MissingError that says what to type instead where litezoo has no runtime.
+
+        >>> get_device("hailo-8").need_runtime()
+        Traceback (most recent call last):
+        litezoo.models.errors.MissingError: litezoo has no runtime for hailo-8 (Hailo-8): its \
+vendor's compiler builds for it; for checked static ONNX files to give to one: litezoo export \
+MODEL --device npu-int8
+        """
+        if not self.runtimes:
+            raise MissingError(
+                f"litezoo has no runtime for {self.name} ({self.title}): its vendor's compiler "
+                "builds for it; for checked static ONNX files to give to one: litezoo export MODEL "
+                "--device npu-int8"
+            )
 
     def select_precisions(self, precision: str) -> tuple[str, ...]:
         """Return the precisions to export for a request, "auto" being all the device has.
@@ -198,7 +237,7 @@ def _folders() -> list[Path]:
     return [*extra, _HERE]
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(_YamlLoader):  # type: ignore[misc]
     """YAML in which a key given twice is a mistake, not the last one's victory."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -206,7 +245,8 @@ class _UniqueKeys(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise UsageError(f"the key {key} is given twice")
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def list_devices() -> list[str]:
@@ -220,12 +260,12 @@ def get_device(name: str) -> Device:
 
     >>> get_device("t44")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    litezoo.models.errors.UsageError: unknown device 't44'; did you mean 't4'? (known: ...)
+    litezoo.models.errors.UsageError: unknown device 't44'; did you mean 't4'? (see: litezoo ...)
     """
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return load_device(folder / f"{name}.yaml")
-    raise unknown_name("device", name, list_devices())
+    raise unknown_name("device", name, list_devices(), see="litezoo devices")
 
 
 def load_device(file: Path) -> Device:
@@ -249,7 +289,7 @@ def load_device(file: Path) -> Device:
 
 def _build(cls: typing.Any, values: Mapping[str, object]) -> typing.Any:
     """Build a dataclass from a mapping, checking every key and type."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for key in values:
         if key not in hints:
             raise UsageError(str(unknown_name("key", str(key), hints)))
@@ -258,6 +298,11 @@ def _build(cls: typing.Any, values: Mapping[str, object]) -> typing.Any:
         wanted = ", ".join(sorted(required - {"name"}))
         raise UsageError(f"{missing[0]} is missing; required are {wanted}")
     return cls(**{key: _convert(key, hints[key], value) for key, value in values.items()})
+
+
+@functools.cache
+def _type_hints(cls: typing.Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _is_required(entry: dataclasses.Field[typing.Any]) -> bool:
@@ -284,7 +329,7 @@ def _convert(key: str, hint: typing.Any, value: object) -> object:
     wanted = {tuple: "a list", Mapping: "a mapping"}.get(origin) or getattr(hint, "__name__", hint)
     unit = (
         ""
-        if "_per_s" not in key and not key.endswith(("_w", "_gib", "_mib"))
+        if "_per_s" not in key and not key.endswith(("_w", "_gib", "_mib", "_ghz"))
         else (" without a unit (the unit is in the key)")
     )
     raise UsageError(f"{key} takes {wanted}{unit}, not {value!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from litezoo.models.errors import UsageError
+from litezoo.models.errors import MissingError, UsageError
 from litezoo.recipes.devices import (
     PATTERNS,
     Batch,
@@ -22,11 +22,16 @@ HERE = Path(__file__).parent.parent / "recipes" / "devices"
 PHYSICS = (
     "compute_capability",
     "peak_tera_ops_per_s",
+    "sustained_tera_ops_per_s",
     "memory_gb_per_s",
     "memory_gib",
     "l2_cache_mib",
+    "l3_cache_mib",
     "power_w",
+    "units",
+    "clock_ghz",
 )
+TABLES = ("peak_tera_ops_per_s", "sustained_tera_ops_per_s")
 
 
 def minimal(**changes):
@@ -70,7 +75,7 @@ def refusal(file):
 
 @pytest.mark.parametrize("file", sorted(HERE.glob("*")), ids=lambda file: file.name)
 def test_every_device_file_loads(file):
-    assert file.suffix == ".yaml"
+    assert file.suffix == ".yaml" and file.stem == file.stem.lower()
     device = load_device(file)
     assert device == get_device(file.stem) and device.name == file.stem
     assert device.title and device.batch.min <= device.batch.opt <= device.batch.max
@@ -84,7 +89,8 @@ def test_a_device_cannot_be_changed(name):
     device = get_device(name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         device.title = "other"
-    for mapping in (device.sources, device.toolchain, device.peak_tera_ops_per_s):
+    tables = (getattr(device, key) for key in TABLES)
+    for mapping in (device.sources, device.toolchain, *tables):
         if mapping:
             with pytest.raises(TypeError):
                 mapping["new"] = "fact"
@@ -96,27 +102,65 @@ def test_every_physical_fact_is_positive_and_has_a_source(name):
     for key in PHYSICS:
         if value := getattr(device, key):
             assert device.sources[key]
-            numbers = value.values() if key == "peak_tera_ops_per_s" else [value]
+            numbers = value.values() if key in TABLES else [value]
             assert all(float(number) > 0 for number in numbers)
     limits = {f"limits.{f.name}" for f in dataclasses.fields(Limits)}
     assert set(device.sources) <= {f.name for f in dataclasses.fields(Device)} | limits
     assert {f"limits.{key}" for key in device.limits.given()} == limits & set(device.sources)
 
 
-def test_the_devices_of_the_zoo_are_there():
-    names = "a10 a100 a4000 arm-phone cpu h100 h200 jetson-agx-orin jetson-nano jetson-orin-nano l4"
-    names += " npu-int8 raspberry-pi-5 rk3588-npu rtx4090 t4 x86-avx2"
-    assert list_devices() == names.split()
+def test_the_devices_that_users_name_are_there():
+    names = "a10 a100 a30 a4000 arm-phone cpu h100 h200 jetson-agx-orin jetson-nano l4 npu-int8 t4"
+    names += " rtx3090 rtx4090 rtx5090 rtx-pro-6000-max-q rtx2080ti titan-rtx titan-xp v100"
+    names += " i7-12700h i9-10940x x86-avx2 raspberry-pi-4 raspberry-pi-5 rk3588-cpu rk3588-npu"
+    names += " snapdragon-855-cpu snapdragon-888-cpu snapdragon-8-gen-3-npu rdk-x5 hailo-8 hailo-8l"
+    assert set(names.split()) <= set(list_devices())
 
 
 def test_no_precision_is_beyond_the_chip():
     for device in map(get_device, list_devices()):
-        if device.kind == "gpu" and (device.compute_capability or "0") < "8.0":
+        if device.kind == "gpu" and (float(device.compute_capability or 0)) < 8:
             assert not any("bf16" in precision for precision in device.precisions), device.name
         if device.kind == "npu":
-            assert device.limits.static_shapes and device.batch == Batch(min=1, opt=1, max=1)
+            assert device.batch == Batch(min=1, opt=1, max=1), device.name
+            assert device.limits.static_shapes or not device.runtimes, device.name
         bf16 = device.peak_tera_ops_per_s.get("bf16")
-        assert bf16 is None or "bf16" in device.precisions
+        assert bf16 is None or "bf16" in device.precisions, device.name
+
+
+def test_a_generation_is_of_one_kind_and_no_gpu_is_without():
+    kinds = {}
+    for device in map(get_device, list_devices()):
+        if device.generation is not None:
+            assert kinds.setdefault(device.generation, device.kind) == device.kind, device.name
+        else:
+            assert device.kind != "gpu" and device.name in {"arm-phone", "cpu", "npu-int8"}
+    assert {kind for kind in kinds.values()} == {"cpu", "gpu", "npu"}
+
+
+def test_peaks_rise_as_numbers_get_shorter():
+    for device in map(get_device, list_devices()):
+        peaks = device.peak_tera_ops_per_s
+        known = [peaks[one] for one in ("fp32", "fp16", "int8") if one in peaks]
+        # fp16 is 1/64 of fp32 on Pascal's desktop cards; Volta's have no int8 tensor cores
+        if device.name not in {"titan-xp", "gtx1080ti", "v100"}:
+            assert known == sorted(known), device.name
+        for dtype, sustained in device.sustained_tera_ops_per_s.items():
+            assert sustained <= max(peaks[dtype], peaks["fp32"]), device.name
+
+
+def test_a_cpus_peak_is_that_of_its_units_and_clock():
+    cpus = [d for d in map(get_device, list_devices()) if d.kind == "cpu" and d.units is not None]
+    assert len(cpus) > 20
+    for device in cpus:
+        cycles = device.peak_tera_ops_per_s["fp32"] * 1000 / (device.units * device.clock_ghz)
+        assert 8 * 0.6 <= cycles <= 64 * 1.001, device.name  # cores of one chip differ in both
+
+
+def test_facts_from_memory_say_so():
+    said = "(check it)"
+    recalled = [n for n in list_devices() if any(said in s for s in get_device(n).sources.values())]
+    assert "rtx5090" in recalled and "t4" not in recalled
 
 
 def test_every_runtime_of_a_device_is_known():
@@ -144,10 +188,15 @@ def test_every_key_of_a_device_can_be_given(write):
     values = minimal(
         batch={"min": 1, "opt": 2, "max": 4},
         compute_capability="8.7",
+        generation="ampere",
+        units=16,
+        clock_ghz=1.3,
         peak_tera_ops_per_s={"fp16": 10, "int8": 20.5},
+        sustained_tera_ops_per_s={"fp16": 5},
         memory_gb_per_s=102.4,
         memory_gib=8,
         l2_cache_mib=2,
+        l3_cache_mib=4,
         power_w=15,
         workspace_mib=512,
         toolchain={"tensorrt": ">=10.3"},
@@ -230,8 +279,20 @@ def test_every_key_of_a_device_can_be_given(write):
         ),
         ({"limits": {"leaky_relu_slopes": []}}, "limits.leaky_relu_slopes is []; it lists slopes"),
         ({"limits": {"leaky_relu_slopes": [-0.1]}}, "limits.leaky_relu_slopes is [-0.1]; it lists"),
-        ({"precisions": []}, "runtimes and precisions need at least one entry"),
-        ({"runtimes": []}, "runtimes and precisions need at least one entry"),
+        ({"precisions": []}, "precisions need at least one entry"),
+        ({"runtimes": None}, "runtimes is missing; required are kind, precisions, runtimes, title"),
+        ({"generation": "Ampere GA102"}, "generation is 'Ampere GA102'; it is a slug such as"),
+        ({"generation": ""}, "generation is ''; it is a slug such as ampere or cortex-a76"),
+        ({"units": 4.5}, "units takes int, not 4.5"),
+        ({"units": 0, "sources": {"units": "x"}}, "units is 0; a physical fact is a number above"),
+        ({"clock_ghz": "1.5 GHz"}, "clock_ghz takes float without a unit (the unit is in the key)"),
+        (
+            {
+                "sustained_tera_ops_per_s": {"amp": 1.0},
+                "sources": {"sustained_tera_ops_per_s": "x"},
+            },
+            "sustained_tera_ops_per_s has 'amp', allowed are fp32, tf32, bf16, fp16, int8",
+        ),
         ({"batch": {"min": 4, "opt": 2}}, "batch needs 1 <= min <= opt <= max"),
         ({"batch": {"min": 0}}, "batch needs 1 <= min"),
     ],
@@ -246,7 +307,8 @@ def test_a_key_that_is_no_text_is_refused(write):
 
 @pytest.mark.parametrize("key", PHYSICS)
 def test_a_physical_fact_without_a_source_is_refused(write, key):
-    value = {"compute_capability": "7.5", "peak_tera_ops_per_s": {"fp32": 8.1}}.get(key, 70)
+    values = {"compute_capability": "7.5", **{table: {"fp32": 8.1} for table in TABLES}}
+    value = values.get(key, 70)
     said = refusal(write(minimal(**{key: value})))
     assert f"{key} is given without a source; add sources: {key}: ..." in said
     other = {"notes": "a source of something else"}
@@ -322,6 +384,32 @@ def test_an_absent_precision_is_refused_with_those_it_has():
         get_device("t4").select_precisions("bf16")
 
 
+# ----------------------------------------------------------------------- without a runtime
+
+
+def test_a_device_needs_no_runtime_and_then_says_what_to_type_instead(write):
+    device = load_device(write(minimal(kind="npu", runtimes=[], title="A chip"), name="chip"))
+    said = r"litezoo has no runtime for chip \(A chip\): .* litezoo export MODEL --device npu-int8$"
+    with pytest.raises(MissingError, match=said) as caught:
+        device.need_runtime()
+    assert caught.value.exit_status == 4
+    load_device(write(minimal())).need_runtime()
+    get_device("npu-int8").need_runtime()  # what the sentence names can be exported
+
+
+def test_only_npus_have_no_runtime():
+    without = [device for device in map(get_device, list_devices()) if not device.runtimes]
+    assert {device.kind for device in without} == {"npu"}
+    assert all("litezoo has no runtime for it" in " ".join(d.notes.split()) for d in without)
+
+
+def test_an_export_for_a_device_without_a_runtime_is_refused_before_anything_is_loaded(tmp_path):
+    exporter = pytest.importorskip("litezoo.export.exporter")
+    with pytest.raises(MissingError, match=r"no runtime for hailo-8 \(Hailo-8\)"):
+        exporter.export("no such model", device="hailo-8", weights="random", out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 # ----------------------------------------------------------------------- a folder of one's own
 
 
@@ -361,7 +449,7 @@ def test_a_mistake_in_an_own_file_is_refused_by_its_path(write, tmp_path, monkey
 
 
 def test_an_unknown_device_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match=r"unknown device 't44'; did you mean 't4'\? \(known: a10"):
+    with pytest.raises(UsageError, match=r"'t44'; did you mean 't4'\? \(see: litezoo devices\)$"):
         get_device("t44")
 
 
