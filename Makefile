@@ -13,7 +13,7 @@ DATA ?= digits
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-export-all check lint types docs wheel export bench profile guidelines pick report digits readme clean FORCE
+.PHONY: help install demo test test-export-all check lint types docs wheel export bench profile guidelines pick predict report digits fits networks readme recommendations clean FORCE
 
 help: ## list the targets
 	@echo "litezoo: lightweight CNNs from recipe to verified, measured engine"
@@ -55,14 +55,27 @@ guidelines: $(STAMP) ## measure the design rules on this chip: make guidelines D
 pick: $(STAMP) ## ranked backbones under a budget: make pick DEVICE=t4 LATENCY_MS=2
 	$(ZOO) pick --device $(DEVICE) $(if $(LATENCY_MS),--latency-ms $(LATENCY_MS)) $(ARGS)
 
+predict: $(STAMP) ## what a network would take: make predict MODEL=timm:resnext50_32x4d DEVICE=rtx3090 [ARGS="--explain"]
+	$(ZOO) predict $(MODEL) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) $(ARGS)
+
 report: $(STAMP) ## one self-contained HTML page of all results: report.html
 	$(ZOO) report $(ARGS)
 
 digits: $(STAMP) ## train every family on the embedded digits: docs/digits.md (half an hour)
 	$(BIN)/python tests/train_families.py
 
+fits: $(STAMP) ## fit and validate the predictor: docs/predictor.md, docs/recommendations.md (minutes)
+	$(BIN)/python -m litezoo.benchmarks.validate --write
+	$(MAKE) recommendations
+
+networks: $(STAMP) ## write benchmarks/networks.json anew (ARGS=--check: compare)
+	$(BIN)/python -m litezoo.benchmarks.tracing $(ARGS)
+
 readme: $(STAMP) ## refresh the README's table from benchmarks/results
 	$(ZOO) report --readme README.md
+
+recommendations: $(STAMP) ## refresh docs/recommendations.md from measured, published and predicted rows
+	$(BIN)/python -m litezoo.benchmarks.recommend
 
 test-export-all: $(STAMP) ## every model at fp32, fp16, int8 in two runtimes: docs/export.md (an hour)
 	$(BIN)/python tests/export_all.py
@@ -81,6 +94,7 @@ types: $(STAMP) ## mypy --strict, and pyright on the public API
 docs: $(STAMP) ## run the README's commands and check its table
 	$(BIN)/python tests/run_readme.py README.md
 	$(ZOO) report --readme README.md --check
+	$(BIN)/python -m litezoo.benchmarks.recommend --check
 	$(ZOO) bench --check
 
 wheel: $(STAMP) ## install the wheel in a fresh environment and drive it from outside the checkout

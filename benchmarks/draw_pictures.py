@@ -15,7 +15,8 @@ from pathlib import Path
 from litezoo.models.files import write_whole
 
 from .measure import Measurement
-from .report_data import Top1, is_baseline, published_rows, top1_of
+from .report_data import Top1, comparable_top1s, published_rows
+from .results import baseline_of, count_of, is_baseline
 
 __all__ = ["PICTURES", "draw_accuracy", "draw_speed", "pictures_are_fresh", "write_pictures"]
 
@@ -47,7 +48,7 @@ def draw_speed(rows: Iterable[Measurement]) -> str:
     own, where = _usual(rows)
     best: dict[tuple[str, str], Measurement] = {}
     for row in own:
-        key, base = (_name(row), row.precision), _base(row)
+        key, base = (_name(row), row.precision), baseline_of(row)
         if base is None or is_baseline(row.runtime) or row.precision not in _COLOURS:
             continue
         if key not in best or row.ratio > best[key].ratio:
@@ -62,7 +63,7 @@ def draw_speed(rows: Iterable[Measurement]) -> str:
     left, bar = 190, 11
     step = bar * len(precisions) + 10
     scale = (_WIDTH - left - 150) / max(row.ratio for row in best.values())
-    bases = sorted({base for row in best.values() if (base := _base(row)) is not None})
+    bases = sorted({base for row in best.values() if (base := baseline_of(row)) is not None})
     title = f"How many times the speed of {' or '.join(bases)}, in the same run"
     parts = [
         _text(0, 16, title, "b"),
@@ -99,8 +100,9 @@ def draw_accuracy(rows: Iterable[Measurement]) -> str:
     """
     own, where = _usual(rows)
     best: dict[tuple[str, str], tuple[Measurement, Top1]] = {}
-    for row in own:
-        top1, key = top1_of(row), (_name(row), _BASE if is_baseline(row.runtime) else row.precision)
+    data, top1s = comparable_top1s(own)
+    for row, top1 in zip(own, top1s, strict=True):
+        key = (_name(row), _BASE if is_baseline(row.runtime) else row.precision)
         if key[1] not in _COLOURS or top1 is None:
             continue
         if key not in best or row.p50_ms < best[key][0].p50_ms:
@@ -119,7 +121,7 @@ def draw_accuracy(rows: Iterable[Measurement]) -> str:
         x = left + (math.log10(row.p50_ms) - x_low) / (x_high - x_low) * (right - left)
         return x, bottom - (top1.percent - y_low) / (y_high - y_low) * (bottom - top)
 
-    title = "ImageNet top-1 against milliseconds a call"
+    title = f"{data} top-1 against milliseconds a call"
     parts = [
         _text(0, 16, title, "b"),
         _text(0, 36, where),
@@ -178,25 +180,25 @@ def _drawn(rows: Iterable[Measurement]) -> dict[str, str]:
 
 
 def _usual(rows: Iterable[Measurement]) -> tuple[list[Measurement], str]:
-    """Return the rows of single images on the device and threads that have most, and say which."""
+    """Return the rows of single images on the device and threads that have most, and say which.
+
+    Where networks were measured beside another library's, only of those runs: what was measured
+    more often is not faster for it.
+    """
     shown = published_rows(rows)
     plain = [r for r in shown if (r.batch, r.streams, r.scope) == (1, 1, "engine")] or shown
     counts = Counter((r.device, r.machine.cpu, r.threads, r.batch) for r in plain)
     device, cpu, threads, batch = max(counts, key=lambda key: (counts[key], key))
     own = [r for r in plain if (r.device, r.machine.cpu, r.threads, r.batch)
            == (device, cpu, threads, batch)]  # fmt: skip
+    own = [r for r in own if baseline_of(r) is not None] or own
     chip = own[0].machine.versions.get("gpu", cpu).replace("(R)", "")
     said = f"{device} ({chip}), batch {batch}"
-    return own, said + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+    return own, said + (f", {count_of(threads, 'thread')}" if threads else "")
 
 
 def _name(row: Measurement) -> str:
     return row.model if row.resolution[-1] == 224 else f"{row.model} {row.resolution[-1]}"
-
-
-def _base(row: Measurement) -> str | None:
-    """Return the runtime of the baseline that a row's ratio is to, None where it is to another."""
-    return next((word for word in row.ratio_to.split() if is_baseline(word)), None)
 
 
 def _shape(precision: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from litezoo.models.errors import UsageError, require
@@ -23,17 +23,24 @@ __all__ = ["write_report"]
 _HERE = Path(__file__).parent
 
 
-def write_report(rows: Iterable[Measurement], file: Path, *, folder: Path | None = None) -> Path:
+def write_report(
+    rows: Iterable[Measurement],
+    file: Path,
+    *,
+    folder: Path | None = None,
+    devices: Sequence[str] | None = None,
+) -> Path:
     """Write the page and return its path; the newest row of each set of conditions counts.
 
     `folder` (default: benchmarks/results) is where ceilings, guidelines, GPU truth and profiles
-    lie; the page says of what is not there how to get it. UsageError where there is no row or the
+    lie; the page says of what is not there how to get it. `devices` (default: all) are those that
+    its picker has. UsageError where there is no row or the
     file cannot be written, CheckFailed for a damaged file in `folder`.
     """
     require("plotly", purpose="the report", extra="report")
     from plotly.offline import get_plotlyjs
 
-    data = json.dumps(page_data(rows, folder=folder), separators=(",", ":"))
+    data = json.dumps(page_data(rows, folder=folder, devices=devices), separators=(",", ":"))
     parts = {
         "style": _text("css"),
         "plotly": get_plotlyjs(),

@@ -20,12 +20,21 @@ from .gpu_demo import percents_of, read_truth
 from .graph import KINDS
 from .guidelines import latest_guidelines, read_guidelines
 from .measure import Measurement
+from .report_picker import picker_data
 from .report_profiles import read_profiles
-from .results import latest
-from .rows import results_folder
+from .results import is_baseline, latest
+from .rows import newest, results_folder
 
-__all__ = ["Top1", "is_baseline", "page_data", "published_rows", "top1_of"]
+__all__ = [
+    "Top1",
+    "comparable_top1s",
+    "page_data",
+    "published_rows",
+    "top1_of",
+]
 
+#: The data set of published accuracies.
+IMAGENET = "ImageNet"
 #: Fields of a row as the page has them, besides those that `_row` makes.
 _FIELDS = (
     "id", "model", "device", "runtime", "precision", "graph_form", "batch", "threads", "streams",
@@ -40,12 +49,14 @@ class Top1:
     """The accuracy that a row is drawn at, in percent, and whose it is.
 
     `is_own`: measured on this row's engine, or of the same arithmetic (fp32); otherwise a reduced
-    precision is drawn at what fp32 weights reach, which it may miss.
+    precision is drawn at what fp32 weights reach, which it may miss. `data` is ImageNet (any 1000
+    classes), or what else the images are of.
     """
 
     percent: float
     is_own: bool
     source: str
+    data: str = IMAGENET
 
 
 def published_rows(rows: Iterable[Measurement]) -> list[Measurement]:
@@ -53,15 +64,10 @@ def published_rows(rows: Iterable[Measurement]) -> list[Measurement]:
 
     UsageError where there is none.
     """
-    shown = [row for row in latest(rows) if not row.refused]
+    shown = latest(rows)
     if not shown:
         raise UsageError("there are no results to show; measure first: litezoo bench")
     return shown
-
-
-def is_baseline(runtime: str) -> bool:
-    """Return whether a runtime is what others run, which the zoo's engines are compared with."""
-    return runtime.startswith(("timm-", "torchvision-", "pytorch-eager"))
 
 
 @cache
@@ -78,7 +84,13 @@ def top1_of(row: Measurement) -> Top1 | None:
     Published is that of the default public weights, else of other ones, else the paper's.
     """
     if row.top1_percent is not None:
-        return Top1(percent=row.top1_percent, is_own=True, source="measured on this engine")
+        data = row.top1_data
+        return Top1(
+            percent=row.top1_percent,
+            is_own=True,
+            source="measured on this engine" + (f", {data}" if data else ""),
+            data=data if data and not data.endswith(" 1000 classes") else IMAGENET,
+        )
     spec, side, is_own = _spec(row.model), row.resolution[-1], row.precision == "fp32"
     if spec is None:
         return None
@@ -95,25 +107,44 @@ def top1_of(row: Measurement) -> Top1 | None:
     return None
 
 
-def page_data(rows: Iterable[Measurement], *, folder: Path | None = None) -> dict[str, Any]:
+def comparable_top1s(rows: Sequence[Measurement]) -> tuple[str, list[Top1 | None]]:
+    """Return the data set that most rows have an accuracy of, and each row's on it, else None."""
+    found = [top1_of(row) for row in rows]
+    count = Counter(top1.data for top1 in found if top1 is not None)
+    data = max(count, key=lambda data: (count[data], data), default=IMAGENET)
+    return data, [top1 if top1 is not None and top1.data == data else None for top1 in found]
+
+
+def page_data(
+    rows: Iterable[Measurement],
+    *,
+    folder: Path | None = None,
+    devices: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Return the content of the page.
 
     `folder` (default: benchmarks/results) is where ceilings, guidelines, GPU truth and profiles
-    lie; what is not there is an empty list. UsageError without rows, CheckFailed for a damaged
-    file.
+    lie; what is not there is an empty list. `devices` (default: all) are those of the picker.
+    UsageError without rows, CheckFailed for a damaged file.
     """
     shown = published_rows(rows)
     where = folder or results_folder()
     places = _places(shown)
     machines = list(dict.fromkeys(_machine(row) for row in shown))
-    sources = list(dict.fromkeys(t.source for row in shown if (t := top1_of(row)) is not None))
-    lines = [_row(row, places[_place(row)], machines, sources) for row in shown]
+    data, top1s = comparable_top1s(shown)
+    sources = list(dict.fromkeys(top1.source for top1 in top1s if top1 is not None))
+    lines = [
+        _row(row, top1, places[_place(row)], machines, sources)
+        for row, top1 in zip(shown, top1s, strict=True)
+    ]
     return {
+        "picker": picker_data(devices, folder=folder),
         "columns": list(lines[0]),
         "rows": [list(line.values()) for line in lines],
         "baselines": sorted({row.runtime for row in shown if is_baseline(row.runtime)}),
         "machines": [dict(machine) for machine in machines],
         "sources": sources,
+        "top1_data": data,
         "ceilings": _ceilings(shown, where),
         "guidelines": _guidelines(where),
         "truths": _truths(where),
@@ -152,11 +183,11 @@ def _machine(row: Measurement) -> tuple[tuple[str, Any], ...]:
 
 def _row(
     row: Measurement,
+    top1: Top1 | None,
     place: str,
     machines: Sequence[tuple[tuple[str, Any], ...]],
     sources: Sequence[str],
 ) -> dict[str, Any]:
-    top1 = top1_of(row)
     return {
         **{field: getattr(row, field) for field in _FIELDS},
         "place": place,
@@ -210,21 +241,19 @@ def _guidelines(where: Path) -> list[dict[str, Any]]:
 
 
 def _truths(where: Path) -> list[dict[str, Any]]:
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for file in sorted((where / "gpu").glob("*.jsonl")):
-        for row in read_truth(file):
-            key = (row.counters.gpu, row.case, row.precision)
-            if key not in found or row.date >= found[key]["date"]:
-                found[key] = {
-                    "gpu": row.counters.gpu,
-                    "case": row.case,
-                    "what": row.what,
-                    "precision": row.precision,
-                    "percents": percents_of(row),
-                    "sentences": list(row.sentences),
-                    "date": row.date,
-                }
-    return list(found.values())
+    rows = [row for file in sorted((where / "gpu").glob("*.jsonl")) for row in read_truth(file)]
+    return [
+        {
+            "gpu": row.counters.gpu,
+            "case": row.case,
+            "what": row.what,
+            "precision": row.precision,
+            "percents": percents_of(row),
+            "sentences": list(row.sentences),
+            "date": row.date,
+        }
+        for row in newest(rows, lambda row: (row.counters.gpu, row.case, row.precision))
+    ]
 
 
 def _profiles(where: Path) -> list[dict[str, Any]]:

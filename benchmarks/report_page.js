@@ -101,7 +101,7 @@ const SETS = [["runtime", RUNTIMES], ["precision", PRECISIONS]];
 /** The choice that the page opens with: single calls, where most rows are. */
 function defaults() {
   const state = {runtime: new Set(RUNTIMES), precision: new Set(PRECISIONS), find: "",
-                 sort: "p50_ms", net: "", profile: "", rules: "", theme: ""};
+                 sort: "p50_ms", net: "", profile: "", rules: "", theme: "", pick: {}};
   let left = ROWS;
   const order = ["streams", "scope", "batch", "device", "threads"];
   for (const name of order) {
@@ -149,6 +149,7 @@ function address(id = "") {
     if (state[name]) parts.push([name, state[name]]);
   }
   if (state.sort !== "p50_ms") parts.push(["sort", state.sort]);
+  parts.push(...Object.entries(state.pick).map(([name, value]) => [`pick-${name}`, value]));
   const query = parts.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
   return `#${id ? `row-${id}&` : ""}${query}`;
 }
@@ -178,6 +179,9 @@ function take(hash) {
       fresh[name] = new Set(all.filter((one) => asked.includes(one)));
     } else if (["find", "net", "profile", "rules", "theme", "sort"].includes(name)) {
       fresh[name] = value;
+    } else if (name.startsWith("pick-") && PICKER?.sets.length) {
+      if (mayAsk(name.slice(5), value)) fresh.pick[name.slice(5)] = value;
+      else wrong.push(`${name} ${value}`);
     } else if (!document.getElementById(name)) {
       wrong.push(name);
     }
@@ -455,17 +459,17 @@ function drawAccuracy() {
       ], {
         height: 430, xaxis: logAxis("ms a call", xs, {pad: 1.25}),
         annotations: labels(solid.length ? solid : dotted, Math.max(...xs)),
-        yaxis: axis("ImageNet top-1, %", {range: [low - room, high + room]}),
+        yaxis: axis(`${plain(DATA.top1_data)} top-1, %`, {range: [low - room, high + room]}),
       });
     });
 }
 
-/** Names at the front's points, left out where they would lie on one another. */
-function labels(line, slowest) {
+/** Names at the front's points, left out where they would lie on one another: nearer than `gap`. */
+function labels(line, slowest, gap = 0.35) {
   const kept = [];
   let last = Infinity;
   for (const row of [...line].sort((a, b) => b.top1 - a.top1)) {
-    if (last - row.top1 < 0.35) continue;
+    if (last - row.top1 < gap) continue;
     last = row.top1;
     const left = row.p50_ms ** 2 < line[0].p50_ms * slowest; // of the middle of the drawing
     kept.push({
@@ -535,6 +539,294 @@ function drawFastest(groups, names) {
     return make("tr", {}, make("th", {scope: "row", textContent: name}), ...cells);
   });
   $("#devices table").replaceChildren(make("thead", {}, head), make("tbody", {}, ...lines));
+}
+
+// ------------------------------------------------------------------------------------- the picker
+
+// As `litezoo pick`: rows of one device and one set of conditions, a front, and one of it
+const PICKER = DATA.picker;
+const BASIS = {
+  __proto__: null, measured: ["#009e73", "circle"], published: ["#2b7bd6", "square"],
+  transferred: ["#b05fc4", "diamond"], predicted: ["#d55e00", "triangle-up"],
+};
+// name in the address, label, kind: "number" or the pairs of a select
+const ASKED = PICKER ? [
+  ["device", "Device", () => unique(PICKER.sets.map((one) => one.device)).map((name) =>
+    [name, PICKER.sets.find((one) => one.device === name).title])],
+  ["conditions", "Runtime, precision, batch", (asked) => PICKER.sets
+    .filter((one) => one.device === asked.device).map((one) => [one.conditions, one.conditions])],
+  ["latency", "At most, ms a batch", "number"], ["throughput", "or at least, images/s", "number"],
+  ["percentile", "Of the latency", (asked) => [["50", "median"],
+    ...(Object.keys(setOf(asked)?.tails ?? {}).map((one) => [one, `p${one}`]))]],
+  ["top1", "Least top-1, %", "number"],
+  ["licence", "Licence of the weights", () => [["free", "free: any use"], ["any", "any"],
+    ...unique(PICKER.weights.map((one) => one[2])).sort().map((name) => [name, name])]],
+  ["task", "Task", () => [["classifier", "classifier"], ["backbone", "backbone"]]],
+  ["side", "Image side, px", () => [["", "any"],
+    ...unique(PICKER.networks.map((one) => one[1])).sort(byNumber).map((one) => [String(one), one])]],
+  ["params", "Most parameters, M", "number"], ["memory", "Most memory, MiB", "number"],
+  ["top", "Rows", "number"],
+] : [];
+const setOf = (asked) => PICKER.sets.find((one) =>
+  one.device === asked.device && one.conditions === asked.conditions);
+
+/** What is asked where nothing is chosen. */
+function unasked() {
+  const own = ROWS.map((row) => row.device).find((name) =>
+    PICKER.sets.some((one) => one.device === name)) ?? PICKER.sets[0].device;
+  const first = PICKER.sets.find((one) => one.device === own);
+  return {__proto__: null, device: own, conditions: first.conditions, latency: "", throughput: "",
+          percentile: "50", top1: "", licence: "free", task: "classifier", side: "", params: "",
+          memory: "", top: "10", avoid: ""};
+}
+/** What is asked, with what the address does not say or says wrongly as it is by default. */
+function asked() {
+  const found = {...unasked(), ...state.pick};
+  const own = PICKER.sets.filter((one) => one.device === found.device);
+  if (!own.some((one) => one.conditions === found.conditions)) found.conditions = own[0].conditions;
+  if (!Object.hasOwn(setOf(found).tails, found.percentile)) found.percentile = "50";
+  return found;
+}
+/** Whether what an address asks the picker for can be asked; conditions hang on the device. */
+function mayAsk(name, value) {
+  if (name === "conditions") return PICKER.sets.some((one) => one.conditions === value);
+  if (name === "percentile") return ["50", "90", "99"].includes(value);
+  if (name === "avoid") return value.split(",").every((one) => PICKER.operators.includes(one));
+  const kind = ASKED.find(([own]) => own === name)?.[2];
+  if (kind === "number") return Number(value) > 0;
+  return Boolean(kind) && kind(asked()).some(([own]) => own === value);
+}
+const limit = (text) => text === "" || !(Number(text) > 0) ? null : Number(text);
+
+/** All networks under the conditions, each with each of its weights. */
+function candidates(asked) {
+  const set = setOf(asked);
+  const tail = set.tails[asked.percentile];
+  return PICKER.weights.map(([number, weights, licence, free, top1, classes]) => {
+    const [model, side, params, peak, operators] = PICKER.networks[number];
+    const basis = PICKER.bases[set.basis[number]];
+    if (!basis) return null;
+    const ms = tail?.[number] ?? set.ms[number];
+    const words = set.words[set.evidence[number]];
+    const [low, high] = [set.low[number], set.high[number]];
+    const interval = high === null ? "" : `${digits(low)} to ${digits(high)} ms`;
+    return {
+      model, side, params, weights, licence, free, top1, classes, basis, ms, low, high, operators,
+      rate: set.rates[number] ?? 1e3 * set.batch / ms,
+      evidence: [words, interval].filter(Boolean).join(", "),
+      memory: (set.batch * peak * set.activation_bytes + params * 1e6 * set.weight_bytes) / 2 ** 20,
+      unknown: asked.percentile !== "50" && !(tail?.[number] > 0),
+    };
+  }).filter(Boolean);
+}
+
+/** The rows of the networks that no other is as fast and as accurate as, from fast to slow. */
+function frontOf(rows) {
+  const order = [...rows].sort((a, b) => a.ms - b.ms || b.top1 - a.top1
+    || PICKER.bases.indexOf(a.basis) - PICKER.bases.indexOf(b.basis));
+  const found = [];
+  for (const row of order) if (!found.length || row.top1 > found.at(-1).top1) found.push(row);
+  return found;
+}
+
+function pickFrom(asked) {
+  const [latency, throughput] = [limit(asked.latency), limit(asked.throughput)];
+  const open = latency === null && throughput === null;
+  const allows = (ms, rate) => latency !== null ? ms <= latency
+    : throughput === null || rate >= throughput;
+  const avoided = asked.avoid.split(",").filter(Boolean).map((name) => PICKER.operators.indexOf(name));
+  const [params, memory, top1] = [limit(asked.params), limit(asked.memory), limit(asked.top1)];
+  const fit = candidates(asked).filter((row) =>
+    (asked.licence === "any" || (asked.licence === "free" ? row.free : row.licence === asked.licence))
+    && (asked.task === "backbone" || row.classes)
+    && (asked.side === "" || String(row.side) === asked.side)
+    && (params === null || row.params <= params) && (memory === null || row.memory <= memory)
+    && (top1 === null || row.top1 >= top1)
+    && (!avoided.length || (row.operators && !avoided.some((one) => row.operators.includes(one)))));
+  const within = fit.filter((row) => allows(row.ms, row.rate)).map((row) => {
+    const high = row.high ?? row.ms;
+    return {...row, misses: !open && (row.unknown || !allows(high, row.rate * row.ms / high))};
+  });
+  const front = frontOf(within);
+  let chosen = null;
+  if (open) chosen = top1 === null ? null : front[0] ?? null;
+  else {
+    chosen = frontOf(within.filter((row) => !row.misses)).at(-1)
+      ?? front.reduce((a, b) => a && (a.high ?? a.ms) <= (b.high ?? b.ms) ? a : b, null);
+  }
+  const seen = within.filter((row) => row.high === null)
+    .reduce((a, b) => a && a.top1 >= b.top1 ? a : b, null);
+  return {fit, within, front, chosen, seen, open, latency, throughput};
+}
+
+const speed = (row, found) => found.throughput !== null ? `at ${digits(row.rate)} images/s`
+  : `in ${digits(row.ms)} ms`;
+const how = (row) => row.evidence ? `${row.basis} (${row.evidence})` : row.basis;
+
+/** In a sentence or two why this one, or why none. */
+function whyPicked(found, asked) {
+  const {chosen, seen, fit, within} = found;
+  const budget = found.latency !== null ? `at most ${asked.latency} ms`
+    : `at least ${asked.throughput} images/s`;
+  if (!fit.length) return "No network with public weights meets the constraints; leave one out.";
+  if (!within.length) {
+    const best = fit.reduce((a, b) =>
+      (found.throughput !== null ? b.rate > a.rate : b.ms < a.ms) ? b : a);
+    return `No network takes ${budget}; the fastest under these constraints is ${best.model} `
+      + `${speed(best, found)}, ${how(best)}.`;
+  }
+  if (!chosen) {
+    return "No budget is given, so every row of the front can be the right one; give one above.";
+  }
+  const what = `${chosen.top1.toFixed(2)} % top-1 (${chosen.weights}) ${speed(chosen, found)}, `
+    + how(chosen);
+  const reason = found.open ? "the fastest that is as accurate as asked"
+    : chosen.misses ? `no row meets ${budget} for sure, this one is the likeliest to`
+      : `of those that surely take ${budget} the most accurate`;
+  const other = chosen.high !== null && seen && seen.model !== chosen.model
+    ? ` Of what was measured or published the best is ${seen.model}: ${seen.top1.toFixed(2)} % `
+      + `${speed(seen, found)} (${seen.evidence}).` : "";
+  return `${chosen.model}: ${reason}: ${what}${chosen.misses ? "; measure it first" : ""}.${other}`;
+}
+
+function commandOf(asked) {
+  const words = ["litezoo pick", `--device ${asked.device}`, setOf(asked).options];
+  const given = {latency: "latency-ms", throughput: "throughput", top1: "min-top1",
+                 side: "resolution", params: "max-params-m", memory: "max-memory-mib"};
+  for (const [name, option] of Object.entries(given)) {
+    if (asked[name] !== "") words.push(`--${option} ${asked[name]}`);
+  }
+  const usual = unasked();
+  for (const name of ["percentile", "task", "top"]) {
+    if (asked[name] !== usual[name]) words.push(`--${name} ${asked[name]}`);
+  }
+  if (asked.licence !== "free") {
+    words.push(`--license ${/[^\w.-]/.test(asked.licence) ? `'${asked.licence}'` : asked.licence}`);
+  }
+  if (asked.avoid) words.push(`--avoid-op ${asked.avoid.split(",").join(" ")}`);
+  return words.join(" ");
+}
+
+function choose(name, value) {
+  const found = {...state.pick, [name]: value};
+  if (name === "device") delete found.conditions;
+  if (name === "latency" && value !== "") delete found.throughput;
+  if (name === "throughput" && value !== "") delete found.latency;
+  const usual = unasked();
+  state.pick = Object.fromEntries(Object.entries(found).filter(([key, own]) => own !== usual[key]));
+  changed();
+}
+
+function buildPicker() {
+  $("#pick").hidden = !PICKER?.sets.length;
+  if ($("#pick").hidden) return;
+  for (const [name, label, kind] of ASKED) {
+    const node = kind === "number"
+      ? make("input", {id: `pick-${name}`, type: "number", min: "0", step: "any", inputMode: "decimal"})
+      : make("select", {id: `pick-${name}`});
+    node.addEventListener(kind === "number" ? "input" : "change", () => choose(name, node.value));
+    $("#picker .selects").append(make("label", {}, label, node));
+  }
+  for (const name of PICKER.operators) {
+    const input = make("input", {type: "checkbox", value: name});
+    input.addEventListener("change", () => choose("avoid", [...document.querySelectorAll(
+      "#avoid input:checked")].map((one) => one.value).join(",")));
+    $("#avoid").append(make("label", {className: "chip"}, input, make("span", {}, name)));
+  }
+  $("#picker").addEventListener("submit", (event) => event.preventDefault());
+  $("#pick-reset").addEventListener("click", () => { state.pick = {}; changed(); });
+  $("#pick-copy").addEventListener("click", () => copyText($("#pick-command"), $("#pick-copy")));
+}
+
+function drawPicker() {
+  if ($("#pick").hidden) return;
+  const now = asked();
+  for (const [name, , kind] of ASKED) {
+    const node = $(`#pick-${name}`);
+    if (kind === "number") {
+      if (node.value !== now[name]) node.value = now[name];
+    } else {
+      node.replaceChildren(...kind(now).map(([value, text]) =>
+        make("option", {value, textContent: text, selected: value === now[name]})));
+    }
+  }
+  for (const input of document.querySelectorAll("#avoid input")) {
+    input.checked = now.avoid.split(",").includes(input.value);
+  }
+  if (now.avoid) $("#avoiding").open = true;
+  $("#avoided").textContent = now.avoid.replaceAll(",", ", ");
+  const found = pickFrom(now);
+  const set = setOf(now);
+  const rows = [...found.front].reverse().slice(0, limit(now.top) ?? 10);
+  if (found.chosen && !rows.includes(found.chosen)) rows.push(found.chosen);
+  rows.sort((a, b) => b.top1 - a.top1 || a.ms - b.ms);
+  $("#picked").textContent = whyPicked(found, now);
+  $("#pick .caption").textContent =
+    `${found.within.length} of ${found.fit.length} network-and-weights pairs are within the budget; `
+    + "the line is their Pareto front. Each latency is the most trusted there is: measured, published, "
+    + "transferred from another chip, or predicted; bars are intervals, hollow may miss the budget. "
+    + "The filters above do not concern this.";
+  panels($("#pick .panels"), found.within.length ? [set] : [], () =>
+    `${set.title}: ${set.conditions}`, "Nothing is within the budget and the constraints.",
+    (figure) => drawPicked(figure, found));
+  fillTable($("#pick table"), rows.length
+    ? ["network", "ms", "top-1, %", "weights", "how it is known", "budget", "images/s", "px",
+       "params, M", "memory, MiB"] : [],
+    rows.map((row) => [row.model, digits(row.ms), row.top1.toFixed(2), row.weights, how(row),
+      [row.misses ? "may miss" : found.open ? "" : "meets", row === found.chosen ? "picked" : ""]
+        .filter(Boolean).join(", ") || "-", digits(row.rate), row.side,
+      digits(row.params), digits(row.memory)]), [1, 2, 6, 7, 8, 9]);
+  document.querySelectorAll("#pick tbody tr").forEach((line, place) =>
+    line.classList.toggle("open", rows[place] === found.chosen));
+  $("#pick-command").textContent = commandOf(now);
+}
+
+function drawPicked(figure, found) {
+  const best = new Map(); // of a network's weights the most accurate
+  for (const row of found.within) {
+    const key = `${row.model} ${row.side}`;
+    if (!(best.get(key)?.top1 >= row.top1)) best.set(key, row);
+  }
+  const rows = [...best.values()];
+  const traces = [{
+    type: "scatter", mode: "lines", x: found.front.map((row) => row.ms), hoverinfo: "skip",
+    y: found.front.map((row) => row.top1), line: {shape: "hv", width: 1.5, color: GREY},
+    showlegend: false,
+  }];
+  for (const [basis, [color, shape]] of Object.entries(BASIS)) {
+    const own = rows.filter((row) => row.basis === basis);
+    if (!own.length) continue;
+    traces.push({
+      type: "scatter", mode: "markers", name: basis, x: own.map((row) => row.ms),
+      y: own.map((row) => row.top1), hoverinfo: "text",
+      hovertext: own.map((row) => [`<b>${plain(row.model)}</b> ${row.side} px, ${plain(row.weights)}`,
+        `${digits(row.ms)} ms, ${digits(row.rate)} images/s, top-1 ${row.top1.toFixed(2)} %`,
+        plain(how(row))].map(fold).join("<br>")),
+      error_x: own.some((row) => row.high !== null) ? {
+        type: "data", symmetric: false, thickness: 1, width: 0, color: `${color}77`,
+        array: own.map((row) => (row.high ?? row.ms) - row.ms),
+        arrayminus: own.map((row) => row.ms - (row.low ?? row.ms)),
+      } : {visible: false},
+      marker: {color, size: 9, line: {width: 1.4, color},
+               symbol: own.map((row) => shape + (row.misses ? "-open" : ""))},
+    });
+  }
+  if (found.chosen) {
+    traces.push({
+      type: "scatter", mode: "markers", name: "picked", x: [found.chosen.ms], y: [found.chosen.top1],
+      hoverinfo: "skip", marker: {symbol: "circle-open", size: 20, color: css("--accent"),
+                                  line: {width: 2, color: css("--accent")}},
+    });
+  }
+  const xs = rows.map((row) => row.ms);
+  const ys = rows.map((row) => row.top1);
+  const room = Math.max(0.4, (Math.max(...ys) - Math.min(...ys)) * 0.09);
+  plot(figure, traces, {
+    height: 430, xaxis: logAxis("ms a batch", xs, {pad: 1.25}), showlegend: true,
+    yaxis: axis("ImageNet top-1, %", {range: [Math.min(...ys) - room, Math.max(...ys) + room]}),
+    annotations: labels(found.front.map((row) => ({...row, p50_ms: row.ms})), Math.max(...xs),
+                        room / 2),
+  });
 }
 
 // -------------------------------------------------------------------------------- one network
@@ -938,6 +1230,16 @@ function describe(row) {
   ];
 }
 
+async function copyText(code, button) {
+  try {
+    await navigator.clipboard.writeText(code.textContent);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(code);
+    button.textContent = "Selected: press Ctrl+C";
+  }
+}
+
 function showRow() {
   const dialog = $("#row");
   const row = ROWS.find((one) => one.id === openId);
@@ -948,15 +1250,7 @@ function showRow() {
   const command = `litezoo bench --repro ${row.id}`;
   const copy = make("button", {type: "button", textContent: "Copy"});
   const code = make("code", {textContent: command});
-  copy.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(command);
-      copy.textContent = "Copied";
-    } catch {
-      getSelection().selectAllChildren(code);
-      copy.textContent = "Selected: press Ctrl+C";
-    }
-  });
+  copy.addEventListener("click", () => copyText(code, copy));
   $("#row-title").textContent = title(row);
   $("#row-body").replaceChildren(
     make("p", {textContent: "Measure it again, on the same machine, and compare:"}),
@@ -993,6 +1287,7 @@ function draw() {
   showTheme();
   showFilters();
   showKeys();
+  drawPicker();
   drawAccuracy();
   drawDevices();
   drawNetwork();
@@ -1014,11 +1309,12 @@ function arrive() {
 }
 
 buildFilters();
+buildPicker();
 const newest = ROWS.map((row) => row.date).sort().pop().slice(0, 10);
 const networks = unique(ROWS.map((row) => row.model));
 $("#summary").textContent = `${count(ROWS.length, "row")} of ${count(networks.length, "network")} on `
   + `${OPTIONS.device.join(", ")}; the newest is of ${newest}.`;
-for (const section of document.querySelectorAll("main section")) {
+for (const section of document.querySelectorAll("main section:not([hidden])")) {
   const link = make("a", {href: `#${section.id}`, textContent: section.dataset.short});
   link.addEventListener("click", (event) => {
     event.preventDefault(); // the address keeps what is chosen

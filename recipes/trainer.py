@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -30,7 +31,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import (
+    create_optimizer_v2,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -41,9 +46,12 @@ from litezoo.models.catalogue import Interpolation, get_spec
 from litezoo.models.create import create_model
 from litezoo.models.errors import UsageError, wrong_words
 from litezoo.models.files import write_whole
+from litezoo.models.repoptvgg import BlockScales, RepOptVGG, start_from
 from litezoo.models.weights import INFO_KEY, CheckpointInfo, read_checkpoint
 
+from .custom_l2 import check_custom_l2, custom_l2, decayed_by_custom_l2
 from .data import Split, eval_transform, open_data
+from .rep_optimizer import REP_OPTIMIZERS, check_rep_optimizer, get_scales, scaled_kernels
 from .runs import BEST, LAST, RUNS
 
 __all__ = ["ClassifierModule", "ImageData", "TrainResult", "train"]
@@ -55,7 +63,9 @@ RECIPES = Path(__file__).parent / "train"
 class OptimizerConfig:
     """timm's `create_optimizer_v2`: 1-D tensors and biases get no weight decay.
 
-    `eps`, `alpha` and `betas` are the optimizer's own, None for its default.
+    `eps`, `alpha` and `betas` are the optimizer's own, None for its default. "repsgd" and
+    "repadamw" are RepOpt-VGG's (rep_optimizer.py), with the scales of the file `scales` of a
+    search, None for the prior's.
     """
 
     opt: str = "sgd"
@@ -66,6 +76,7 @@ class OptimizerConfig:
     eps: float | None = None
     alpha: float | None = None
     betas: tuple[float, float] | None = None
+    scales: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +228,7 @@ class ClassifierModule(pl.LightningModule):
         mixup: MixupConfig = MixupConfig(),
         label_smoothing: float = 0.0,
         ema_decay: float | None = None,
+        custom_l2: bool = False,
         grad_checkpointing: bool = False,
         channels_last: bool = True,
         compile: bool = False,
@@ -236,13 +248,15 @@ class ClassifierModule(pl.LightningModule):
             mixup: mixup and cutmix.
             label_smoothing: part of the target spread over all classes.
             ema_decay: average the weights with this decay; they are evaluated and exported then.
+            custom_l2: RepVGG's decay of the deployed kernel; costs accuracy in INT8 (custom_l2.py).
             grad_checkpointing: less memory, more compute.
             channels_last: NHWC memory layout.
             compile: torch.compile the network (minutes at the start, faster steps).
         """
         super().__init__()
         self.name = name
-        self.net: nn.Module = create_model(
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        net = create_model(
             name,
             weights=weights,
             num_classes=num_classes,
@@ -250,13 +264,15 @@ class ClassifierModule(pl.LightningModule):
             drop_rate=drop_rate,
             allow_license=allow_license or (),
         )
-        self.net.set_grad_checkpointing(grad_checkpointing)
+        net.set_grad_checkpointing(grad_checkpointing)
+        self.net = self.trained_form(net)
+        self.scales = self._start_with_scales(start=weights is None)
+        self.custom_l2 = custom_l2
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.net.to(memory_format=self.layout)
         self.ema = ModelEmaV3(self.net, decay=ema_decay) if ema_decay is not None else None
         if compile:
             self.net.compile()
-        self.optimizer_config, self.schedule_config = optimizer, schedule
         self.mixup: Mixup | None = None
         self.train_loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         if mixup.mixup_alpha or mixup.cutmix_alpha:
@@ -269,6 +285,34 @@ class ClassifierModule(pl.LightningModule):
         self.eval_loss = nn.CrossEntropyLoss()
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
+
+    def trained_form(self, net: nn.Module) -> nn.Module:
+        """Return the form of the network that is trained: as it was created."""
+        return net
+
+    def _start_with_scales(self, *, start: bool) -> dict[str, BlockScales]:
+        """Return a RepOptimizer's scales; with `start` the network begins as a file's say."""
+        config, net = self.optimizer_config, self.net
+        if config.scales is not None and config.opt not in REP_OPTIMIZERS:
+            raise UsageError(
+                f"optimizer.scales is of {' and '.join(REP_OPTIMIZERS)}, not of {config.opt}; name "
+                "one as optimizer.opt"
+            )
+        if config.opt not in REP_OPTIMIZERS or not isinstance(net, RepOptVGG):
+            return {}
+        scales = get_scales(net, file=config.scales)
+        if start and config.scales is not None:
+            start_from(net, scales)
+        return scales
+
+    def check(self) -> None:
+        """Refuse to train a network by what is not defined for it, with a UsageError."""
+        config = self.optimizer_config
+        check_rep_optimizer(config.opt, model=self.net, name=self.name)
+        if self.custom_l2:
+            check_custom_l2(
+                self.net, name=self.name, opt=config.opt, weight_decay=config.weight_decay
+            )
 
     @property
     def evaluated(self) -> nn.Module:
@@ -290,6 +334,8 @@ class ClassifierModule(pl.LightningModule):
         logits = self.net(images.contiguous(memory_format=self.layout))
         loss: Tensor = self.train_loss(logits, targets)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        if self.custom_l2:
+            loss = loss + 0.5 * self.optimizer_config.weight_decay * custom_l2(self.net)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -317,9 +363,8 @@ class ClassifierModule(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def configure_optimizers(self) -> Any:
-        """Return timm's optimizer and schedule."""
-        given = dataclasses.asdict(self.optimizer_config).items()
-        optimizer = create_optimizer_v2(self.net, **{k: v for k, v in given if v is not None})
+        """Return timm's optimizer, or a RepOptimizer, and timm's schedule."""
+        optimizer = self._create_optimizer()
         epochs = self.trainer.max_epochs or 1
         steps = max(1, int(self.trainer.estimated_stepping_batches) // epochs)
         scheduler, _ = create_scheduler_v2(
@@ -333,6 +378,30 @@ class ClassifierModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        config = dataclasses.asdict(self.optimizer_config)
+        given = {k: v for k, v in config.items() if v is not None and k != "scales"}
+        if given["opt"] not in REP_OPTIMIZERS and not self.custom_l2:
+            return create_optimizer_v2(self.net, **given)
+        opt, decay, by_layer = given["opt"], given["weight_decay"], given.pop("layer_decay", None)
+        undecayed = decayed_by_custom_l2(self.net) if self.custom_l2 else frozenset()
+        groups = (
+            param_groups_weight_decay(self.net, decay, no_weight_decay_list=undecayed)
+            if by_layer is None
+            else param_groups_layer_decay(
+                self.net, decay, no_weight_decay_list=undecayed, layer_decay=by_layer
+            )
+        )
+        if opt not in REP_OPTIMIZERS:
+            return create_optimizer_v2(groups, **given)
+        kind, defaults = REP_OPTIMIZERS[opt]
+        taken = inspect.signature(kind).parameters
+        return kind(
+            groups,
+            scales=scaled_kernels(self.net, self.scales),
+            **{**defaults, **{k: v for k, v in given.items() if k in taken}},
+        )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step timm's scheduler, which counts updates."""
@@ -445,6 +514,7 @@ def train(
     resume: Path | None = None,
     overrides: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
+    module: type[ClassifierModule] = ClassifierModule,
 ) -> TrainResult:
     """Train a model by a recipe and return what came of it.
 
@@ -456,6 +526,7 @@ def train(
         resume: folder of a run to go on with, by its last.ckpt and config.yaml.
         overrides: LightningCLI arguments, such as --trainer.max_epochs=3.
         progress: called with what is trained, before the work begins.
+        module: what is trained, where it is not the classifier as it is.
     """
     _quiet()
     started = time.perf_counter()
@@ -492,10 +563,18 @@ def train(
             "enable_model_summary": False,
             "default_root_dir": str(folder),
         },
+        module=module,
     )
+    cli.model.check()
     checkpoint = None if resume is None else resume / LAST
     if checkpoint is not None:
-        done = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved["state_dict"].keys() != cli.model.state_dict().keys():
+            raise UsageError(
+                f"{folder} trained another form of {cli.model.name}; go on as it was started (a "
+                "search of scales as a search, with model.ema_decay or without)"
+            )
+        done = saved["epoch"] + 1
         if done >= (cli.trainer.max_epochs or 0):
             raise UsageError(
                 f"{folder} has finished its {done} epochs; to go on add --trainer.max_epochs N"
@@ -590,7 +669,13 @@ def _join_csv(files: Sequence[Path], target: Path) -> None:
     write_whole(target, text.getvalue())
 
 
-def _create_cli(model: str, words: list[str], *, trainer_defaults: dict[str, Any]) -> _CLI:
+def _create_cli(
+    model: str,
+    words: list[str],
+    *,
+    trainer_defaults: dict[str, Any],
+    module: type[ClassifierModule] = ClassifierModule,
+) -> _CLI:
     """Parse LightningCLI's words and build what they name; a wrong word is a UsageError."""
     options: list[str] = []
 
@@ -601,7 +686,7 @@ def _create_cli(model: str, words: list[str], *, trainer_defaults: dict[str, Any
 
     try:
         return Cli(
-            ClassifierModule,
+            module,
             ImageData,
             run=False,
             args=words,

@@ -123,6 +123,7 @@ def _batchnorm_on_meta():
 
     def keep(self, x):
         plain = type(x) is torch.Tensor and x.is_meta and not self.training
+        plain = plain and torch._C._len_torch_dispatch_stack() == 0  # a tracer wants the operator
         if plain and x.ndim == 4 and x.shape[1] == self.num_features:
             if self.affine and self.track_running_stats and x.dtype == self.weight.dtype:
                 return torch.empty_like(x)

@@ -8,6 +8,7 @@ from timm.models import FeatureListNet
 from torch import nn
 
 import litezoo
+from litezoo.benchmarks.pick import Pick
 from litezoo.export.artifact import LoadedArtifact
 from litezoo.models.classifier import ImageClassifier
 from litezoo.recipes.devices import Device
@@ -19,6 +20,7 @@ assert_type(litezoo.fuse(model), nn.Module)
 assert_type(litezoo.fuse_with_report(model).max_relative_error, float | None)
 assert_type(litezoo.list_models("repvgg*"), list[str])
 assert_type(litezoo.get_device("t4"), Device)
+assert_type(litezoo.pick(device="t4", latency_ms=2), Pick)
 engine = litezoo.load(Path("artifacts/repvgg_a0/cpu"), runtime="openvino")
 assert_type(engine, LoadedArtifact)
 logits = engine(np.zeros((1, 3, 224, 224), dtype=np.float32))

@@ -38,7 +38,7 @@ def run(*words, **options):
 
 VERBS = (
     "train", "list", "info", "devices", "export", "verify", "bench", "profile", "ceilings",
-    "guidelines", "report",
+    "guidelines", "pick", "predict", "report",
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ WRONG_USAGE = {
     "list nothing*": "no model matches",
     "list --pretraned": "did you mean '--pretrained'",
     "list --unheard-of": "--unheard-of",
-    "devices t44": "unknown device 't44'; did you mean 't4'? (known: ",
+    "devices t44": "unknown device 't44'; did you mean 't4'? (see: litezoo devices)",
     "export": "for which device?",
     "export repvgg_a0 --device ccpu": "did you mean 'cpu'",
     "export repvgg_a9 --device cpu": "did you mean 'repvgg_a2'",
@@ -223,8 +223,6 @@ MISSING = {
     "export repvgg_a0 --device t4 --engine require --weights random": "pip install",
     "guidelines --device t4": "no runtime of t4 can be measured here",
     "ceilings --device t4": "needs a GPU of compute capability 7.5",
-    "pick --device t4 --latency-ms 2": "litezoo pick is not in this version yet; `litezoo list`",
-    "predict repvgg_a0 --device t4": "litezoo predict is not in this version yet; `litezoo bench`",
 }
 
 
@@ -265,7 +263,7 @@ def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(for_cpu, here):
     for words, status in (
         (("verify", "copy"), 3),
         (("bench", "copy", "--batch", "x"), 2),
-        (("pick",), 4),
+        (("pick",), 2),
     ):
         result = run(*PROGRAM, *words)
         assert result.returncode == status
@@ -348,7 +346,7 @@ def test_profile_says_what_to_type_where_a_device_has_no_ceilings(capsys):
 PUBLIC = (
     *("CheckFailed", "FusableBlock", "LitezooError", "MissingError", "UsageError"),
     *("create_model", "from_pretrained", "fuse", "fuse_with_report", "get_device", "get_spec"),
-    *("list_devices", "list_models", "load", "push_to_hub", "verify"),
+    *("list_devices", "list_models", "load", "pick", "push_to_hub", "verify"),
 )
 
 
@@ -389,22 +387,9 @@ def test_the_python_of_the_contract_works():
 # ------------------------------------------------------------------------------------------- make
 
 #: The targets of the contract (architecture.md, section 5), and those of the house.
-TARGETS = (
-    *("help", "demo", "test", "test-export-all", "check", "train-%", "export", "bench"),
-    *(
-        "profile",
-        "guidelines",
-        "pick",
-        "report",
-        "install",
-        "lint",
-        "types",
-        "docs",
-        "wheel",
-        "digits",
-        "readme",
-        "clean",
-    ),
+TARGETS = tuple(
+    "help demo test test-export-all check train-% export bench profile guidelines pick predict "
+    "report install lint types docs wheel digits fits networks readme recommendations clean".split()
 )
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -449,6 +434,10 @@ EXPANSIONS = {
     ),
     "guidelines DEVICE=t4": "guidelines --device t4",
     "pick DEVICE=t4 LATENCY_MS=2": "pick --device t4 --latency-ms 2",
+    "predict MODEL=m DEVICE=t4": "predict m --device t4",
+    "predict MODEL=m DEVICE=t4 PRECISION=fp16 ARGS=--explain": (
+        "predict m --device t4 --precision fp16 --explain"
+    ),
     "report": "report",
     "readme": "report --readme README.md",
 }

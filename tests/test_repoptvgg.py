@@ -12,7 +12,7 @@ from litezoo.models.catalogue import get_spec, list_models
 from litezoo.models.create import create_model
 from litezoo.models.fuse import Kernel, fuse, identity_kernel, pad_to
 from litezoo.models.layers import ConvBN
-from litezoo.models.repoptvgg import start_as_block
+from litezoo.models.repoptvgg import BlockScales, start_as_block
 from litezoo.models.weights import convert_state_dict
 
 REPOPTVGG = list_models("repoptvgg_*")
@@ -132,7 +132,7 @@ def test_new_weights_are_those_of_a_block_with_the_scales_of_the_search(position
     if block.u is not None:
         nn.init.ones_(block.u)
     state = torch.get_rng_state()
-    start_as_block(layer, position)
+    start_as_block(layer, BlockScales.at_position(position, layer=layer))
     torch.set_rng_state(state)
     block.w1.data = nn.Conv2d(4, out_channels, 1, bias=False).weight.detach().double()
     assert relative_error(layer.conv.weight.double(), block.start()) <= 1e-6

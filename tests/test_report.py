@@ -23,6 +23,7 @@ from litezoo.benchmarks.draw_pictures import (
     pictures_are_fresh,
     write_pictures,
 )
+from litezoo.benchmarks.evidence import read_measured
 from litezoo.benchmarks.gpu_counters import Achieved, GpuCounters, KernelProfile
 from litezoo.benchmarks.gpu_demo import Truth, append_truth
 from litezoo.benchmarks.guidelines import Guideline, VariantCost, append_guidelines
@@ -30,7 +31,7 @@ from litezoo.benchmarks.machine import Machine
 from litezoo.benchmarks.measure import Measurement
 from litezoo.benchmarks.profiling import profile
 from litezoo.benchmarks.report import write_report
-from litezoo.benchmarks.report_data import page_data, top1_of
+from litezoo.benchmarks.report_data import comparable_top1s, page_data, top1_of
 from litezoo.benchmarks.report_profiles import read_profiles, save_profile
 from litezoo.benchmarks.results import BEGIN, END, append_rows, read_rows
 from litezoo.models.catalogue import get_spec
@@ -39,6 +40,8 @@ from litezoo.models.errors import CheckFailed, MissingError, UsageError
 REPO = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+#: Devices of the shared page's picker.
+PICKED = ("cpu", "t4", "snapdragon-855-cpu")
 EVIL = "<script>window.ran=1</script><img src=x onerror='window.ran=1'>"
 
 MACHINE = Machine(
@@ -178,13 +181,16 @@ def folder(tmp_path_factory, small_profile):
     )
     append_truth([truth(), truth(case="gemm")], folder / "gpu")
     save_profile(small_profile, folder=folder / "profiles")
+    append_rows(
+        [ROW, row(model="repvgg_a1", p50_ms=12.0), row(model="resnet18", p50_ms=9.0)], folder
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, folder):
     file = tmp_path_factory.mktemp("report") / "report.html"
-    assert write_report(some_rows(), file, folder=folder) == file
+    assert write_report(some_rows(), file, folder=folder, devices=PICKED) == file
     return file
 
 
@@ -192,7 +198,7 @@ def page(tmp_path_factory, folder):
 def bare(tmp_path_factory):
     """The page of rows of one device, with nothing beside them."""
     where = tmp_path_factory.mktemp("bare")
-    return write_report([ROW, row(runtime="ncnn")], where / "report.html", folder=where)
+    return write_report([ROW, row(runtime="ncnn")], where / "report.html", folder=where, devices=())
 
 
 # ------------------------------------------------------------------------------ what is shown
@@ -209,6 +215,17 @@ def test_a_reduced_precision_is_not_said_to_have_the_published_accuracy():
     assert not top1_of(row(precision="int8")).is_own
     own = top1_of(row(precision="int8", top1_percent=71.5))
     assert (own.percent, own.is_own, own.source) == (71.5, True, "measured on this engine")
+
+
+def test_accuracies_of_another_data_set_are_not_drawn_beside_imagenets():
+    digits = row(runtime="ncnn", top1_percent=97.5, top1_data="digits (val), 10 classes")
+    own = row(runtime="tvm", top1_percent=71.5, top1_data="/data/in1k (val), 1000 classes")
+    data, (first, second, third) = comparable_top1s([ROW, digits, own])
+    assert (data, first, second) == ("ImageNet", top1_of(ROW), None)
+    assert third.source == "measured on this engine, /data/in1k (val), 1000 classes"
+    data, found = comparable_top1s([digits, digits, ROW])
+    assert data == "digits (val), 10 classes"
+    assert [one and one.percent for one in found] == [97.5, 97.5, None]
 
 
 @pytest.mark.parametrize("values", [{"model": "elsewhere"}, {"resolution": (3, 160, 160)}],
@@ -230,19 +247,19 @@ def test_a_papers_accuracy_counts_where_no_weights_state_one(monkeypatch):
 def test_refused_and_outdated_rows_are_not_shown(tmp_path):
     newer = row(p50_ms=8.0, date="2026-01-03T00:00:00+00:00")
     refused = row(runtime="ncnn", refused="its spread is too wide")
-    data = page_data([ROW, newer, refused], folder=tmp_path)
+    data = page_data([ROW, newer, refused], folder=tmp_path, devices=())
     places = {name: place for place, name in enumerate(data["columns"])}
     assert [line[places["id"]] for line in data["rows"]] == [newer.id]
 
 
 def test_devices_are_told_apart_by_their_chip_where_a_name_has_several(tmp_path):
-    data = page_data(some_rows(), folder=tmp_path)
+    data = page_data(some_rows(), folder=tmp_path, devices=())
     place = data["columns"].index("place")
     assert {line[place] for line in data["rows"]} == {"cpu (Some CPU)", "cpu (Another CPU)", "t4"}
 
 
 def test_all_that_is_measured_is_on_the_page(folder):
-    data = page_data(some_rows(), folder=folder)
+    data = page_data(some_rows(), folder=folder, devices=())
     assert [one["device"] for one in data["ceilings"]] == ["cpu"]
     assert [one["rule"] for one in data["guidelines"]] == ["G1", "G2", "G3", "G1"]
     assert [one["case"] for one in data["truths"]] == ["one-block", "gemm"]
@@ -253,7 +270,8 @@ def test_all_that_is_measured_is_on_the_page(folder):
 def test_of_gpu_truth_the_newest_counts(tmp_path):
     newer = truth(what="again", date="2026-01-03T00:00:00+00:00")
     append_truth([newer, truth()], tmp_path / "gpu")
-    assert [one["what"] for one in page_data([ROW], folder=tmp_path)["truths"]] == ["again"]
+    [one] = page_data([ROW], folder=tmp_path, devices=())["truths"]
+    assert one["what"] == "again"
 
 
 # ----------------------------------------------------------------------------------- the page
@@ -283,7 +301,7 @@ def test_a_thousand_rows_fit_in_six_megabytes(tmp_path, folder, small_profile):
     for number in range(14):
         save_profile(dataclasses.replace(deep, model=f"net{number}"), folder=tmp_path / "profiles")
     file = write_report(rows, tmp_path / "report.html", folder=tmp_path)
-    assert len(page_data(rows, folder=tmp_path)["rows"]) == 1000
+    assert len(page_data(rows, folder=tmp_path, devices=())["rows"]) == 1000
     assert file.stat().st_size < 6e6
 
 
@@ -295,14 +313,14 @@ def test_a_name_in_the_results_ends_no_script(page):
 
 
 def test_the_same_rows_make_the_same_page(page, folder, tmp_path):
-    again = write_report(some_rows(), tmp_path / "again.html", folder=folder)
+    again = write_report(some_rows(), tmp_path / "again.html", folder=folder, devices=PICKED)
     assert again.read_bytes() == page.read_bytes()
 
 
 def test_nothing_to_show_says_what_to_type(tmp_path):
     for rows in ([], [row(refused="its spread is too wide")]):
         with pytest.raises(UsageError, match="no results to show; measure first: litezoo bench"):
-            write_report(rows, tmp_path / "report.html", folder=tmp_path)
+            write_report(rows, tmp_path / "report.html", folder=tmp_path, devices=())
     assert not list(tmp_path.iterdir())
 
 
@@ -311,13 +329,13 @@ def test_without_plotly_the_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         MissingError, match=r"the report needs plotly: pip install 'litezoo\[report\]'"
     ):
-        write_report([ROW], tmp_path / "report.html", folder=tmp_path)
+        write_report([ROW], tmp_path / "report.html", folder=tmp_path, devices=())
 
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     file = tmp_path / "no" / "report.html"
     with pytest.raises(UsageError, match=r"report\.html cannot be written \(No such file"):
-        write_report([ROW], file, folder=tmp_path)
+        write_report([ROW], file, folder=tmp_path, devices=())
 
 
 @pytest.mark.parametrize(
@@ -334,7 +352,7 @@ def test_a_damaged_file_is_named(name, said, tmp_path):
     file.parent.mkdir()
     file.write_text('{"schema": 1}\n')
     with pytest.raises(CheckFailed, match=said):
-        write_report([ROW], tmp_path / "report.html", folder=tmp_path)
+        write_report([ROW], tmp_path / "report.html", folder=tmp_path, devices=())
     assert not (tmp_path / "report.html").exists()
 
 
@@ -462,6 +480,7 @@ def test_pictures_of_nothing_are_refused(tmp_path):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("litezoo.benchmarks.report_picker.list_devices", lambda: ["t4"])
     return tmp_path
 
 
@@ -596,7 +615,8 @@ def listed(tab):
 def test_every_chart_has_points_and_the_table_every_row(tab):
     go(tab, "#device=all&batch=all&threads=all&streams=all&scope=all")
     drawn = tab.evaluate(DRAWN)
-    assert set(drawn) == {"accuracy", "devices", "throughput", "roofline", "layers", "rules", "gpu"}
+    assert set(drawn) == {"pick", "accuracy", "devices", "throughput", "roofline", "layers",
+                          "rules", "gpu"}  # fmt: skip
     assert all(charts and all(charts) for charts in drawn.values()), drawn
     assert listed(tab) == len(some_rows())
     assert sum(drawn["rules"]) == 3 and sum(drawn["layers"]) == 4
@@ -863,6 +883,106 @@ def test_a_network_is_chosen_for_its_drawings(tab):
     )
     assert "net=repvgg_a1" in tab.url
     assert "repvgg_a1, cpu" in tab.locator("#throughput figcaption").inner_text()
+
+
+# ------------------------------------------------------------------------ the page's picker
+
+#: What is asked on the page.
+QUESTIONS = (
+    {"device": "t4"},
+    {"device": "t4", "latency": "2"},
+    {"device": "t4", "latency": "2", "licence": "any", "avoid": "squeeze-excite"},
+    {"device": "t4", "throughput": "500", "params": "12", "top": "3"},
+    {"device": "t4", "top1": "77", "avoid": "channel-shuffle,depthwise-conv"},
+    {"device": "snapdragon-855-cpu", "latency": "30", "side": "224", "memory": "40"},
+    {"device": "snapdragon-855-cpu", "top1": "75", "task": "backbone", "licence": "MIT"},
+    {"device": "cpu", "latency": "10", "percentile": "99"},
+)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda asked: " ".join(asked.values()))
+def test_the_page_picks_as_the_command_that_it_shows(question, tab, folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "litezoo.benchmarks.backbones.read_measured", lambda _: read_measured(folder)
+    )
+    go(tab, "#" + "&".join(f"pick-{name}={value}" for name, value in question.items()))
+    assert tab.locator("#notice").is_hidden()
+    command = tab.locator("#pick-command").inner_text()
+    assert litezoo(*command.split()[1:], "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    shown = tab.evaluate("""() => [...document.querySelectorAll("#pick tbody tr")].map(
+        line => [...line.children].map(cell => cell.innerText))""")
+    rows, best = found["front"], found["recommended"]
+    rows = sorted(rows + [best] * (best not in [None, *rows]), key=lambda one: -one["top1_percent"])
+    assert [[line[0], line[3]] for line in shown] == [[r["model"], r["weights"]] for r in rows]
+    for line, one in zip(shown, rows, strict=True):
+        assert float(line[1].replace(",", "")) == pytest.approx(one["ms"], rel=0.006)
+        assert float(line[9].replace(",", "")) == pytest.approx(one["memory_mib"], rel=0.006)
+        assert line[4].startswith(one["basis"])
+        assert one["low_ms"] is not None or line[4] == f"{one['basis']} ({one['evidence']})"
+        assert ("may miss" in line[5]) == one["may_miss"]
+        assert ("picked" in line[5]) == (one == best)
+    marked = tab.locator("#pick tbody tr.open th").all_inner_texts()
+    assert marked == ([best["model"]] if best else [])
+    said = tab.locator("#picked").inner_text()
+    assert said.startswith(f"{best['model']}: " if best else "No budget is given")
+
+
+def test_the_pickers_controls_change_the_answer_and_the_address_keeps_it(tab):
+    tab.select_option("#pick-device", "t4")
+    whole = tab.locator("#pick tbody tr").all_inner_texts()
+    tab.fill("#pick-latency", "2")
+    assert tab.locator("#pick tbody tr").all_inner_texts() != whole
+    tab.evaluate("document.querySelector('#avoiding').open = true")
+    tab.check("#avoid input[value=depthwise-conv]")
+    within = tab.locator("#pick tbody tr").all_inner_texts()
+    assert "pick-latency=2" in tab.url and "pick-avoid=depthwise-conv" in tab.url
+    assert (
+        tab.locator("#pick-command")
+        .inner_text()
+        .endswith("--batch 1 --latency-ms 2 --avoid-op depthwise-conv")
+    )
+    shared = hash_of(tab)
+    tab.fill("#pick-throughput", "900")  # another budget in place of the first
+    assert tab.input_value("#pick-latency") == ""
+    tab.click("#pick-reset")
+    assert "pick-" not in tab.url and tab.input_value("#pick-throughput") == ""
+    go(tab, shared)
+    assert tab.locator("#pick tbody tr").all_inner_texts() == within
+    assert tab.is_checked("#avoid input[value=depthwise-conv]")
+
+
+def test_an_impossible_budget_names_the_fastest_on_the_page(tab):
+    go(tab, "#pick-device=t4&pick-latency=0.0001")
+    said = tab.locator("#picked").inner_text()
+    assert said.startswith(
+        "No network takes at most 0.0001 ms; the fastest under these constraints"
+    )
+    assert tab.locator("#pick tbody tr").count() == 0
+    assert tab.locator("#pick .none").inner_text() == (
+        "Nothing is within the budget and the constraints."
+    )
+    go(tab, "#pick-device=t4&pick-params=0.001")
+    assert tab.locator("#picked").inner_text().startswith("No network with public weights meets")
+
+
+def test_what_the_picker_cannot_be_asked_is_said(tab):
+    go(tab, "#pick-device=t44&pick-latency=fast&pick-avoid=magic&pick-colour=red")
+    assert tab.locator("#notice").inner_text() == (
+        "The address names what this page has not: pick-device t44, pick-latency fast, "
+        "pick-avoid magic, pick-colour red."
+    )
+
+
+def test_a_page_without_anything_to_pick_from_has_no_picker(bare, open_tab):
+    tab = open_tab(bare)
+    assert tab.locator("#pick").is_hidden()
+    assert tab.get_by_role("link", name="Pick", exact=True).count() == 0
+
+
+def test_a_device_without_evidence_is_not_on_the_page(tmp_path):
+    data = page_data([ROW], folder=tmp_path, devices=("arm-phone", "t4"))
+    assert {one["device"] for one in data["picker"]["sets"]} == {"t4"}
 
 
 def test_what_is_not_measured_says_what_to_type(bare, open_tab):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .benchmarks.pick import pick as pick
     from .export.artifact import load as load
     from .export.artifact import verify as verify
     from .models.catalogue import get_spec as get_spec
@@ -40,6 +41,7 @@ _HOME = {
     "list_devices": "recipes.devices",
     "list_models": "models.catalogue",
     "load": "export.artifact",
+    "pick": "benchmarks.pick",
     "push_to_hub": "models.sharing",
     "verify": "export.artifact",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "list_devices",
     "list_models",
     "load",
+    "pick",
     "push_to_hub",
     "verify",
 ]

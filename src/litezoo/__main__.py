@@ -21,7 +21,11 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from litezoo.models.errors import LitezooError, MissingError, UsageError, unknown_name, wrong_words
 
 if TYPE_CHECKING:
+    from litezoo.benchmarks.backbones import Backbone
+    from litezoo.benchmarks.fit import Fit
     from litezoo.benchmarks.measure import Measurement
+    from litezoo.benchmarks.pick import Pick
+    from litezoo.benchmarks.predict import Prediction
     from litezoo.benchmarks.profiling import Profile
     from litezoo.export.artifact import Accuracy, Engine
     from litezoo.export.parity import Parity
@@ -1053,6 +1057,199 @@ def _report(args: Namespace) -> None:
           text=lambda: print(f"{target}: {len(rows)} rows"))  # fmt: skip
 
 
+def _pick_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", help="a name of `litezoo devices` (required)")
+    parser.add_argument("--latency-ms", type=float, help="the budget: most milliseconds a batch")
+    parser.add_argument("--throughput", type=float, help="or: least images a second")
+    parser.add_argument("--batch", type=int, help="images at once (default: 1 for a latency, else "
+                        "what most evidence is of)")  # fmt: skip
+    parser.add_argument("--percentile", type=int, default=50, help="of the latency: 50, 90 or 99 "
+                        "(default: 50)")  # fmt: skip
+    parser.add_argument("--resolution", type=int, help="height and width (default: what the "
+                        "weights were tested at)")  # fmt: skip
+    parser.add_argument("--precision", help="default: the fastest known that keeps the accuracy")
+    parser.add_argument("--runtime", help="default: the fastest of the best known")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the fastest known)")
+    parser.add_argument("--graph-form", default="deploy", help="train: before fusing, as others "
+                        "publish PyTorch's times (default: deploy)")  # fmt: skip
+    parser.add_argument("--min-top1", type=float, help="least ImageNet top-1 in %%")
+    parser.add_argument("--license", help="of the weights: 'free' (any use, the default), 'any' or "
+                        "a name")  # fmt: skip
+    parser.add_argument("--task", default="classifier", help="classifier, or backbone: weights "
+                        "without classes will do")  # fmt: skip
+    parser.add_argument("--avoid-op", nargs="+", default=[], metavar="NAME", help="ONNX operators "
+                        "or patterns (squeeze-excite, ...) not to have")  # fmt: skip
+    parser.add_argument("--max-params-m", type=float, help="most million parameters")
+    parser.add_argument("--max-memory-mib", type=float, help="most memory for weights and the "
+                        "activations of a batch")  # fmt: skip
+    parser.add_argument("--top", type=int, default=10, help="rows of the front (default: 10)")
+
+
+def _pick(args: Namespace) -> None:
+    if args.device is None:
+        raise UsageError("for which device? for example --device t4 (see: litezoo devices)")
+    from litezoo.benchmarks.backbones import three_digits
+    from litezoo.benchmarks.pick import pick
+
+    found = pick(
+        device=args.device, latency_ms=args.latency_ms, throughput=args.throughput,
+        batch=args.batch, percentile=args.percentile, resolution=args.resolution,
+        precision=args.precision, runtime=args.runtime, threads=args.threads,
+        graph_form=args.graph_form, min_top1=args.min_top1, license=args.license, task=args.task,
+        avoid_op=args.avoid_op, max_params_m=args.max_params_m,
+        max_memory_mib=args.max_memory_mib, top=args.top,
+    )  # fmt: skip
+
+    def text() -> None:
+        budget = str(found.budget) or "no budget"
+        speed = found.conditions.batch > 1 or found.budget.throughput is not None
+        _table(
+            f"{found.device}: {found.conditions}; {budget}; the Pareto front of latency and top-1, "
+            f"of {found.considered} networks",
+            ("network", "weights", "top-1 %", "px", "ms", *(["images/s"] * speed), "params M",
+             "MiB", "how it is known", "budget"),
+            [
+                (
+                    row.model, row.weights, _percent(row.top1_percent), str(row.resolution),
+                    three_digits(row.ms), *([f"{row.images_per_s:.0f}"] * speed),
+                    f"{row.params_m:.2f}", f"{row.memory_mib:.1f}", row.label, _meets(row, found),
+                )
+                for row in found.rows
+            ],
+        )  # fmt: skip
+        print(f"{found.recommended.model if found.recommended else 'no pick'}: {found.reason}")
+        for note in found.notes:
+            print(f"- {note}")
+
+    _show(found, as_json=args.json, text=text)
+
+
+def _meets(row: Backbone, found: Pick) -> str:
+    """Return whether a row meets the budget, and whether it is the one to take."""
+    words = "may miss" if row.may_miss else "" if found.budget.is_open else "meets"
+    return f"{words}, picked".lstrip(", ") if row == found.recommended else words
+
+
+def _predict_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="a name of `litezoo list`, "
+                        "timm:NAME, torchvision:NAME, or an ONNX file")  # fmt: skip
+    parser.add_argument("--model", help="the same as an option")
+    parser.add_argument("--device", help="a name of `litezoo devices` (required)")
+    parser.add_argument("--runtime", help="default: the best known on the device")
+    parser.add_argument("--precision", help="default: the best known on the device")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the best known)")
+    parser.add_argument("--layout", help="nchw or nhwc (default: the best known)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument("--resolution", type=int, help="height and width (default: the network's)")
+    parser.add_argument("--graph-form", choices=("deploy", "train"), default="deploy",
+                        help="train: before fusing (default: deploy)")  # fmt: skip
+    parser.add_argument("--explain", action="store_true", help="also kernel by kernel: the time, "
+                        "what binds it, the efficiency")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=10, help="rows of --explain (default: 10)")
+    parser.add_argument("--fit", type=Path, metavar="ROWS", help="first fit the model to your own "
+                        "rows: .csv with model,ms,... or .jsonl of litezoo bench")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("fits"), help="the folder that --fit "
+                        "writes to (default: fits)")  # fmt: skip
+
+
+def _predict(args: Namespace) -> None:
+    if args.device is None:
+        raise UsageError("for which device? for example --device t4 (see: litezoo devices)")
+    if None not in (args.name, args.model):
+        raise UsageError(f"{args.name} and --model {args.model} are two networks; give one")
+    model = args.name or args.model
+    values: dict[str, Any] = {}
+    if args.fit is not None:
+        values["fit"] = _fit(args)
+    elif model is None:
+        raise UsageError("which network? for example: litezoo predict repvgg_a0 --device t4")
+    found = None
+    if model is not None:
+        from litezoo.benchmarks.predict import predict
+
+        with _fits_in(args.out if "fit" in values else None), _steps() as progress:
+            progress(f"predicting {model}")
+            found = predict(
+                model, device=args.device, runtime=args.runtime, precision=args.precision,
+                batch=args.batch, graph_form=args.graph_form, layout=args.layout,
+                threads=args.threads, resolution=args.resolution,
+            )  # fmt: skip
+        values |= {**_plain(found), "images_per_s": found.images_per_s}
+        if not args.explain:
+            del values["kernels"], values["times"]
+
+    def text() -> None:
+        if "fit" in values:
+            fit = values["fit"]
+            print(
+                f"fitted to {fit.rows} rows ({fit.left_out} left out): families left out are "
+                f"predicted within {fit.unseen.median:.0%} (median), {fit.unseen.p90:.0%} (90 %)"
+                + (f"; {fit.note}" if fit.note else "")
+                + f"\nto use it: export LITEZOO_FITS={args.out.resolve()}"
+            )
+        if found is not None:
+            _predict_text(found, args.layers if args.explain else 0)
+
+    _show(values, as_json=args.json, text=text)
+
+
+def _fit(args: Namespace) -> Fit:
+    """Fit the model to a user's rows and write that."""
+    from litezoo.benchmarks.fit import write_fits
+    from litezoo.benchmarks.predict import find_target, fit_rows, read_user_rows
+
+    target = find_target(
+        args.device, runtime=args.runtime, precision=args.precision, layout=args.layout,
+        threads=args.threads,
+    )  # fmt: skip
+    with _steps() as progress:
+        progress(f"fitting {target} to {args.fit}")
+        rows = read_user_rows(args.fit, target=target, graph_form=args.graph_form)
+        fit = fit_rows(rows, target=target).fit
+    write_fits([fit], args.out)
+    return fit
+
+
+@contextmanager
+def _fits_in(folder: Path | None) -> Iterator[None]:
+    """Look fits up in `folder` first, for a while."""
+    before = os.environ.get("LITEZOO_FITS", "")
+    if folder is not None:
+        os.environ["LITEZOO_FITS"] = f"{folder}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["LITEZOO_FITS"] = before
+
+
+def _predict_text(found: Prediction, rows: int) -> None:
+    size = "x".join(map(str, found.resolution))
+    how = found.why if found.why.startswith(found.basis) else f"{found.basis}: {found.why}"
+    print(
+        f"{found.model} on {found.target}: batch {found.batch}, {size}, {found.graph_form} form\n"
+        f"  {found.ms:.4g} ms a batch ({found.low_ms:.4g} to {found.high_ms:.4g}: 80 % of "
+        f"comparable rows), {found.images_per_s:.4g} images/s\n"
+        f"  {how}"
+    )
+    if rows:
+        from litezoo.benchmarks.latency import CLASSES
+
+        total = sum(time.ms for time in found.times)
+        order = sorted(found.times, key=lambda time: -time.ms)
+        _table(
+            f"the {min(rows, len(order))} longest of {len(order)} kernels",
+            ("kernel", "kind", "us", "of all", "bound by", "compute us", "memory us", "efficiency"),
+            [
+                (
+                    time.name, CLASSES[time.kind], f"{1e3 * time.ms:.2f}", f"{time.ms / total:.1%}",
+                    time.bound, f"{1e3 * time.compute_ms:.2f}", f"{1e3 * time.memory_ms:.2f}",
+                    f"{time.efficiency:.0%}",
+                )
+                for time in order[:rows]
+            ],
+        )  # fmt: skip
+
+
 def _train(words: Sequence[str]) -> int:
     """Train: our few words here, everything else goes to LightningCLI as it is."""
     parser = argparse.ArgumentParser(
@@ -1069,6 +1266,8 @@ def _train(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/MODEL/<time>)")
     parser.add_argument("--resume", action="store_true", help="go on from last.ckpt of the last "
                         "run (of MODEL, or the one in --out)")  # fmt: skip
+    parser.add_argument("--search-scales", action="store_true", help="RepOpt-VGG: search its "
+                        "optimizer's scales, for --model.optimizer.scales FILE")  # fmt: skip
     parser.add_argument("--options", action="store_true", help="show LightningCLI's options")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args, rest = parser.parse_known_args(words)
@@ -1089,14 +1288,19 @@ def _train(words: Sequence[str]) -> int:
     model = None if name is None else resolve_name(name)
     run = None
     if args.resume:
+        if args.search_scales and args.out is None:
+            raise UsageError("which search is to go on? name its folder: --out runs/scales/...")
         run = args.out or last_run(model or "*")
         if run is None:
             raise UsageError("there is no run to go on with in runs/; start one: litezoo train")
     require("pytorch_lightning", purpose="training", extra="train")
     require("torchmetrics", purpose="training", extra="train")
-    from litezoo.recipes.trainer import train
+    from litezoo.recipes.scale_search import ScaleSearchResult, search_scales
+    from litezoo.recipes.trainer import TrainResult, train
 
-    result = train(
+    work: Callable[..., TrainResult | ScaleSearchResult]
+    work = search_scales if args.search_scales else train
+    done = work(
         model,
         data=args.data,
         recipe=args.recipe,
@@ -1105,8 +1309,11 @@ def _train(words: Sequence[str]) -> int:
         progress=lambda step: print(step, file=sys.stderr, flush=True),
         overrides=["--help"] if args.options else rest,
     )
+    result = done.run if isinstance(done, ScaleSearchResult) else done
 
     def text() -> None:
+        if isinstance(done, ScaleSearchResult):
+            print(f"scales: {done.scales}")
         print(
             f"{result.model} on {result.data}: test top-1 {result.test_top1_percent:.2f} % "
             f"(validation {result.val_top1_percent:.2f} %), {result.epochs} epochs in "
@@ -1114,7 +1321,7 @@ def _train(words: Sequence[str]) -> int:
             f"checkpoint: {result.checkpoint}"
         )
 
-    _show(result, as_json=args.json, text=text)
+    _show(done, as_json=args.json, text=text)
     return 0
 
 
@@ -1128,14 +1335,11 @@ _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespa
     "profile": ("what a network costs, layer by layer", _profile_parser, _profile),
     "ceilings": ("measure this machine's peaks", _ceilings_parser, _ceilings),
     "guidelines": ("measure the design rules on a chip", _guidelines_parser, _guidelines),
+    "pick": ("the right networks for a device and a budget", _pick_parser, _pick),
+    "predict": ("what a network would take on a device", _predict_parser, _predict),
     "report": ("one HTML page of all results", _report_parser, _report),
 }
 _TRAIN_HELP = "train a model by a recipe"
-#: Verbs of the contract that later versions bring, and what serves meanwhile.
-_LATER = {
-    "pick": "`litezoo list` and the results table in README.md have the numbers to pick by",
-    "predict": "`litezoo bench` measures instead",
-}
 
 
 def _parser() -> ArgumentParser:
@@ -1173,10 +1377,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and not words[0].startswith("-"):
-            if words[0] in _LATER:
-                raise MissingError(
-                    f"litezoo {words[0]} is not in this version yet; {_LATER[words[0]]}"
-                )
             if words[0] not in {*_VERBS, "train"}:
                 raise unknown_name("command", words[0], [*_VERBS, "train"])
         if words[:1] == ["train"]:
