@@ -687,7 +687,9 @@ REASONS: Mapping[tuple[str, str], str] = {
         "for one image, 8.4 for four); MobileNetV3 takes 0.07 ms an image more than its kernels' "
         "work, SqueezeNet and AlexNet less: the copy of the image is not the same for all."
     ),
-    ("t4", "tensorrt"): "These are ten rows of light networks, of three families.",
+    ("t4", "tensorrt"): (
+        "Few rows of light networks have a second member of their family, MnasNet's most of them."
+    ),
     ("rtx4090", "pytorch-compile"): (
         "Version 2.4 compiled concatenations and SE gates with other kernels than 2.9 does, whose "
         "schedule the model has: EfficientNet +18 %, MixNet and GhostNetV2 +20 %, RepGhost -20 %."
@@ -702,8 +704,9 @@ REASONS: Mapping[tuple[str, str], str] = {
         "times as long (older versions: 3 times), Xception's depthwise convolutions 1.35 times."
     ),
     ("", "ncnn"): (
-        "ResNet-18 and RegNetY-004 differ by 30 % (standard deviation) from board to board of "
-        "equal physics; the rows do not say the version of ncnn, which chooses the convolutions."
+        "ResNet-18 differs by 27 % (standard deviation) from board to board of equal physics, "
+        "ShuffleNetV2 and EfficientNetV2-B0 by 16 %; the rows do not say the version of ncnn, "
+        "which chooses the convolutions."
     ),
     ("", "npu"): (
         "Each group has 15 to 40 rows of large and small networks, whose order the roofline gets "
@@ -737,7 +740,7 @@ _BOARDS_HEAD = """
 
 Families left out of all boards at once; what the boards say together is each one's prior. With
 anchors a board starts from its nearest relative and knows five of its own networks, from a fast to
-a slow one. Issue 6 asks of ncnn rho 0.95 together and 75 % within 20 % with five anchors.
+a slow one. The aim for ncnn is rho 0.95 together and 75 % within 20 % with five anchors.
 """
 
 _PROXIES_HEAD = """

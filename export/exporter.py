@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from litezoo.models.catalogue import Preprocess, get_spec
 from litezoo.models.errors import (
@@ -26,7 +26,8 @@ from litezoo.models.errors import (
     UsageError,
 )
 from litezoo.models.files import file_sha256, write_whole
-from litezoo.models.fuse import fuse_with_report, graph_form
+from litezoo.models.fuse import Fused, fuse_with_report, graph_form, hold_dead
+from litezoo.recipes.data import eval_loader
 from litezoo.recipes.devices import Device, get_device
 
 from .artifact import (
@@ -41,6 +42,7 @@ from .artifact import (
     save_expected,
 )
 from .embed import embed_preprocess
+from .int8_risk import int8_risk, small_shape
 from .limits import Finding, check_limits
 from .open_resolution import check_open_resolution, free_of_size
 from .parity import (
@@ -171,7 +173,13 @@ def export(
 
     progress("fusing to deploy form")
     form = graph_form(train_form)
-    deploy = fuse_with_report(train_form).model if form == "train" else train_form
+    is_real = source.data is not None and note is None
+    fused = Fused(model=train_form, blocks=())
+    if form == "train":
+        fused = fuse_with_report(train_form, images=_data_images(source) if is_real else None)
+    deploy = fused.model
+    # noise may wake up a channel that is dead on data
+    reference = train_form if is_real else hold_dead(train_form, fused.dead)
     if dynamic_resolution:
         deploy = free_of_size(deploy)
     expected = logits_of(deploy, images)
@@ -181,7 +189,7 @@ def export(
         second = resized, logits_of(deploy, resized)
     checks = [
         check_parity(
-            "fuse", expected, logits_of(train_form, images), reference="the train form",
+            "fuse", expected, logits_of(reference, images), reference="the train form",
             tolerance=TOLERANCE["fp32"],
         )
     ]  # fmt: skip
@@ -190,7 +198,7 @@ def export(
         progress("exporting ONNX")
         not_built: dict[str, str] = {}
         validation: Validation | None = None
-        if source.data is not None and note is None:
+        if source.data is not None and is_real:
             validation = Validation(source.data, source.preprocess, deploy, accuracy_images)
         typed = typed_onnx(
             deploy, images, expected, second, source, request, validation, rank, not_built,
@@ -247,6 +255,15 @@ def export(
         notes = [note] if note else []
         if source.weights == "random":
             notes.append("random weights: for measuring speed only")
+        notes += fused.said
+        if any(precision.startswith("int8") for precision in request.precisions):
+            finest = target.limits.quantization != "per-tensor"
+            risk = int8_risk(
+                fused.model,
+                granularity="per-channel" if finest else "per-tensor",
+                image_shape=small_shape(source.preprocess),
+            )
+            notes.append(str(risk))
         notes += typed.rewrites
         for form, proto in typed.protos.items():
             if (ends := read_io(proto)) != "fp32":
@@ -281,6 +298,13 @@ def export(
         )
         write_whole(folder / MANIFEST, artifact.to_json())
     return artifact
+
+
+def _data_images(source: Source) -> Iterator[Tensor]:
+    """Yield training images; they are read only where a channel may be dead."""
+    assert source.data is not None
+    for images, _ in eval_loader(source.data, source.preprocess, split="train", most=256):
+        yield images
 
 
 def check(

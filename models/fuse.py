@@ -9,12 +9,23 @@ The algebra (RepVGG, arXiv 2101.03697, section 3.3), all of it in float64:
 * convolution is linear: kernels of parallel branches add up (`Kernel.__add__`).
 
 A block that can be fused derives from `FusableBlock` and says its kernel; `fuse` does the rest.
+
+Dead channels. Where what a BatchNorm reads is one constant c over all data, var is 0 and t reaches
+gamma / sqrt(eps), 316 at eps 1e-5. The branch then gives the constant t*c + s whatever its kernel,
+but the fused kernel holds t, and with one 8-bit scale for all of it every other weight rounds to
+zero (Sheng et al., arXiv 1803.08607, saw it in depthwise layers). There `fuse` takes t = 0 and
+s = beta + t*(c - mean), with the t from before, which is the same function on the data:
+
+* identity: c is a channel of the input; only the kernel's centre goes, so no border is involved;
+* 1x1, k x k: c is a channel of the convolution's output. A k x k window over a constant other
+  than 0 gives less at the border, where it reads padding; var has seen that too, and is not 0.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +35,10 @@ from torch.nn import functional as F
 from .errors import CheckFailed, UsageError
 
 __all__ = [
+    "DEAD_DEVIATION",
+    "DEAD_VARIANCE",
+    "LAGGING_VARIANCE",
+    "DeadChannels",
     "DeployBlock",
     "FusableBlock",
     "Fused",
@@ -34,6 +49,7 @@ __all__ = [
     "fuse",
     "fuse_with_report",
     "graph_form",
+    "hold_dead",
     "identity_kernel",
     "pad_to",
     "then_bn",
@@ -46,6 +62,15 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+
+#: Without images a channel is dead where its BatchNorm's variance is at most this (PyTorch's usual
+#: eps) and its output's deviation, which is gamma for a living one, at most that.
+DEAD_VARIANCE = 1e-5
+DEAD_DEVIATION = 1e-4
+#: With images it is dead where they move it no more than that, if its variance is at most this:
+#: averages lag behind a channel that died (of averaged weights by 3e-3, eight epochs of digits
+#: later), and one that lives on a few images of the data is to be left alone.
+LAGGING_VARIANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -164,11 +189,45 @@ class FusedBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadChannels:
+    """Channels of one branch that carry nothing, and what was made of them.
+
+    `branch` is the name of their BatchNorm in the model. `largest_scale` is the largest weight
+    |gamma| / sqrt(var + eps) that BatchNorm gives one of them in the fused kernel, where it is
+    `is_cured` avoided. `largest_deviation` is how far the output of one is from the constant that
+    took its place: one standard deviation by BatchNorm's statistics or, with images, the most that
+    was seen on them. `constants` are what BatchNorm reads in the channels.
+    """
+
+    branch: str
+    channels: tuple[int, ...]
+    constants: tuple[float, ...]
+    largest_scale: float
+    largest_deviation: float
+    is_cured: bool
+
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        some = ", ".join(map(str, self.channels[:4])) + (", ..." if len(self.channels) > 4 else "")
+        what = f"dead channel{'s' * (len(self.channels) > 1)} {some} of {self.branch}"
+        if self.is_cured:
+            return f"{what}: constant moved into the bias, scale {self.largest_scale:.3g} avoided"
+        return (
+            f"{what}: left as they are, scale {self.largest_scale:.3g}, since these images move "
+            f"them by {self.largest_deviation:.2g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A deploy-form model with the certificate of every block that was fused in it."""
+    """A deploy-form model with the certificate of every block that was fused in it.
+
+    `dead` names the branches with dead channels, in the order of their blocks.
+    """
 
     model: nn.Module
     blocks: tuple[FusedBlock, ...]
+    dead: tuple[DeadChannels, ...] = ()
 
     @property
     def max_relative_error(self) -> float | None:
@@ -176,10 +235,175 @@ class Fused:
         errors = [b.max_relative_error for b in self.blocks if b.max_relative_error is not None]
         return max(errors, default=None)
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What was done about dead channels: the four largest scales, the others counted."""
+        rows = sorted(self.dead, key=lambda row: -row.largest_scale)
+        others = sum(len(row.channels) for row in rows[4:])
+        more = (f"{others} dead channels of {len(rows) - 4} more branches",) if others else ()
+        return (*map(str, rows[:4]), *more)
+
 
 def graph_form(model: nn.Module) -> str:
     """Return "train" while a block can still be fused, else "deploy"."""
     return "train" if any(isinstance(m, FusableBlock) for m in model.modules()) else "deploy"
+
+
+@dataclass(frozen=True)
+class _Dead:
+    """Channels of one BatchNorm with the constant that each reads, float64 (channels,)."""
+
+    channels: Tensor
+    constants: Tensor
+
+
+def _batch_norms(block: nn.Module) -> Iterator[tuple[str, nn.BatchNorm2d]]:
+    """Yield the BatchNorms with statistics that can be read, by their name in the block."""
+    for name, module in block.named_modules():
+        variance = module.running_var if isinstance(module, nn.BatchNorm2d) else None
+        if isinstance(module, nn.BatchNorm2d) and variance is not None and not variance.is_meta:
+            yield name, module
+
+
+@dataclass(frozen=True)
+class _Suspects:
+    """Channels of one BatchNorm that may be dead, and what its statistics say of each, float64."""
+
+    channels: Tensor
+    scales: Tensor
+    means: Tensor
+    deviations: Tensor
+    are_dead: Tensor
+
+    @classmethod
+    def of(cls, bn: nn.BatchNorm2d) -> _Suspects:
+        """Look at the variances; scales of at most 1 are no danger."""
+        assert bn.running_mean is not None and bn.running_var is not None
+        variance = bn.running_var.double()
+        scale = bn_scale_shift(bn)[0].abs()
+        deviation = scale * variance.clamp_min(0).sqrt()
+        channels = ((variance >= 0) & (variance <= LAGGING_VARIANCE) & (scale > 1)).nonzero()[:, 0]
+        return cls(
+            channels,
+            scale[channels],
+            bn.running_mean.double()[channels],
+            deviation[channels],
+            (variance <= DEAD_VARIANCE)[channels] & (deviation <= DEAD_DEVIATION)[channels],
+        )
+
+
+_Ranges = dict[nn.BatchNorm2d, tuple[Tensor, Tensor]]
+
+
+def _ranges(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    suspects: Mapping[nn.BatchNorm2d, _Suspects],
+) -> _Ranges:
+    """Return the lowest and highest value that BatchNorms of `model` read in suspect channels."""
+    found: _Ranges = {}
+
+    def look(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(bn, nn.BatchNorm2d)
+        read = inputs[0][:, suspects[bn].channels].double()
+        low, high = read.amin((0, 2, 3)), read.amax((0, 2, 3))
+        if bn in found:
+            low, high = low.minimum(found[bn][0]), high.maximum(found[bn][1])
+        found[bn] = low, high
+
+    handles = [bn.register_forward_pre_hook(look) for bn in suspects]
+    first = next(model.parameters())
+    for batch in [images] if isinstance(images, Tensor) else images:
+        model(batch.to(first.device, first.dtype))
+    for handle in handles:
+        handle.remove()
+    if not found:
+        raise UsageError(
+            "there are no images to see dead channels on; give some hundred of the data, or None"
+        )
+    return found
+
+
+@torch.no_grad()
+def _find_dead(
+    model: nn.Module, images: Tensor | Iterable[Tensor] | None
+) -> tuple[dict[nn.BatchNorm2d, _Dead], list[DeadChannels]]:
+    """Return what is to be cured in the blocks of `model` (eval mode), and the report."""
+    branches = {
+        bn: f"{name}.{part}".strip(".")
+        for name, block in model.named_modules()
+        if isinstance(block, FusableBlock)
+        for part, bn in _batch_norms(block)
+    }
+    suspects = {bn: _Suspects.of(bn) for bn in branches}
+    suspects = {
+        bn: found
+        for bn, found in suspects.items()
+        if (found.are_dead.any() if images is None else len(found.channels))
+    }
+    seen = _ranges(model, images, suspects) if suspects and images is not None else {}
+    cured: dict[nn.BatchNorm2d, _Dead] = {}
+    report = []
+    for bn, found in suspects.items():
+        constants, deviations, is_cured = found.means, found.deviations, found.are_dead
+        if bn in seen:
+            low, high = seen[bn]
+            constants, deviations = (low + high) / 2, found.scales * (high - low) / 2
+            is_cured = deviations <= DEAD_DEVIATION
+        if is_cured.any():
+            cured[bn] = _Dead(found.channels[is_cured].cpu(), constants[is_cured].cpu())
+        for some, flag in ((is_cured, True), (found.are_dead & ~is_cured, False)):
+            if some.any():
+                report.append(
+                    DeadChannels(
+                        branch=branches[bn],
+                        channels=tuple(found.channels[some].tolist()),
+                        constants=tuple(constants[some].tolist()),
+                        largest_scale=float(found.scales[some].max()),
+                        largest_deviation=float(deviations[some].max()),
+                        is_cured=flag,
+                    )
+                )
+    return cured, report
+
+
+@torch.no_grad()
+def _cure(bn: nn.BatchNorm2d, dead: _Dead) -> None:
+    """Have `bn` give, in its dead channels, what it gives for their constant: t = 0, s = that."""
+    scale, shift = bn_scale_shift(bn)
+    weight = torch.ones_like(scale) if bn.weight is None else bn.weight.double()
+    bias = torch.zeros_like(scale) if bn.bias is None else bn.bias.double()
+    bias[dead.channels] = scale[dead.channels] * dead.constants.to(scale) + shift[dead.channels]
+    weight[dead.channels] = 0.0
+    assert bn.running_var is not None
+    dtype = bn.running_var.dtype
+    bn.weight, bn.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+
+
+def hold_dead(model: nn.Module, dead: Iterable[DeadChannels]) -> nn.Module:
+    """Return a copy of a train-form model whose cured channels stay as they are on the data.
+
+    What `fuse_with_report(model)` made equals it on any images, on noise too; `dead` is its report.
+    """
+    twin = copy.deepcopy(model).eval()
+    for row in dead:
+        branch = twin.get_submodule(row.branch)
+        assert isinstance(branch, nn.BatchNorm2d)
+        if row.is_cured:
+            constants = torch.tensor(row.constants, dtype=torch.float64)
+            _hold(branch, _Dead(torch.tensor(row.channels), constants))
+    return twin
+
+
+def _hold(bn: nn.BatchNorm2d, dead: _Dead) -> None:
+    """Have `bn` read its dead channels as they are on data, whatever it is given."""
+
+    def hold(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = inputs[0].clone()
+        x[:, dead.channels] = dead.constants.to(x)[:, None, None]
+        return x
+
+    bn.register_forward_pre_hook(hold)
 
 
 def _relative_error(block: FusableBlock, deploy: DeployBlock) -> float:
@@ -197,13 +421,23 @@ def _relative_error(block: FusableBlock, deploy: DeployBlock) -> float:
 
 
 @torch.no_grad()
-def _fuse_block(block: FusableBlock, name: str) -> tuple[DeployBlock, FusedBlock]:
+def _fuse_block(
+    block: FusableBlock, name: str, dead: Mapping[nn.BatchNorm2d, _Dead]
+) -> tuple[DeployBlock, FusedBlock]:
+    """Fuse a block, which may be changed; its dead channels are compared as data has them."""
+    reference = copy.deepcopy(block)
+    for part, bn in _batch_norms(block):
+        if bn in dead:
+            held = reference.get_submodule(part)
+            assert isinstance(held, nn.BatchNorm2d)
+            _hold(held, dead[bn])
+            _cure(bn, dead[bn])
     deploy = block.fused().eval()
     weight = next(deploy.parameters())
     if weight.is_meta:
         return deploy, FusedBlock(name=name, max_relative_error=None)
     finite = all(bool(parameter.isfinite().all()) for parameter in deploy.parameters())
-    error = _relative_error(block, deploy) if finite else float("nan")
+    error = _relative_error(reference, deploy) if finite else float("nan")
     tolerance = TOLERANCE[weight.dtype]
     if not error <= tolerance:
         raise CheckFailed(
@@ -213,15 +447,17 @@ def _fuse_block(block: FusableBlock, name: str) -> tuple[DeployBlock, FusedBlock
     return deploy, FusedBlock(name=name, max_relative_error=error)
 
 
-def fuse_with_report(model: nn.Module) -> Fused:
-    """Fuse as `fuse` does and return the model with every block's measured error."""
+def fuse_with_report(
+    model: nn.Module, *, cure: bool = True, images: Tensor | Iterable[Tensor] | None = None
+) -> Fused:
+    """Fuse as `fuse` does; return the model with every block's error and its dead channels."""
     blocks: list[FusedBlock] = []
     replaced: dict[int, DeployBlock] = {}
 
     def convert(module: nn.Module, name: str) -> nn.Module:
         if isinstance(module, FusableBlock):
             if id(module) not in replaced:  # a block used twice stays one block
-                replaced[id(module)], certificate = _fuse_block(module, name)
+                replaced[id(module)], certificate = _fuse_block(module, name, dead)
                 blocks.append(certificate)
             return replaced[id(module)]
         for key, child in module._modules.items():
@@ -236,15 +472,26 @@ def fuse_with_report(model: nn.Module) -> Fused:
             f"{type(model).__name__} has nothing to fuse: it contains no FusableBlock such as "
             "ConvBN"
         )
-    deploy = convert(copy.deepcopy(model), "")
-    return Fused(model=deploy.eval(), blocks=tuple(blocks))
+    twin = copy.deepcopy(model).eval()
+    dead, report = _find_dead(twin, images) if cure else ({}, [])
+    deploy = convert(twin, "")
+    return Fused(model=deploy.eval(), blocks=tuple(blocks), dead=tuple(report))
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(
+    model: nn.Module, *, cure: bool = True, images: Tensor | Iterable[Tensor] | None = None
+) -> nn.Module:
     """Return a new model in deploy form (eval mode); the argument is left untouched.
 
     Every `FusableBlock` at any depth, the root included, becomes one convolution of the same
     dtype on the same device, verified on random input: an error above `TOLERANCE` raises
     CheckFailed. A model that is fused already, or has no such block, is a UsageError.
+
+    Branch channels that are dead (see the module) get the scale 0 in place of one of up to 316,
+    and their constant goes into the bias: the same function on the data, and a kernel that 8 bits
+    can hold. Without `images` BatchNorm's statistics say which are dead. `images` are some hundred
+    of the data, preprocessed, (N, C, H, W) or batches of them, and prove it: the constant is the
+    one seen on them, and a channel that they move is left as it is; they run only where a channel
+    is suspect. `cure=False` leaves all as they are; `fuse_with_report(...).dead` tells all.
     """
-    return fuse_with_report(model).model
+    return fuse_with_report(model, cure=cure, images=images).model

@@ -13,9 +13,11 @@ import onnx
 import onnxsim
 import pytest
 import torch
+from helpers import images
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from test_data import write_folder
+from test_fuse import kill_channels
 from test_train import SHORT, digits_top1, litezoo, read_plain, tiny_run
 
 from litezoo.export import exporter, runtime_ncnn, runtime_onnxruntime, runtime_openvino, typed
@@ -31,7 +33,7 @@ from litezoo.export.exporter import export
 from litezoo.export.parity import BATCHES, Parity
 from litezoo.export.runtime import BuildSource, get_runtime
 from litezoo.export.runtime_openvino import OpenVino
-from litezoo.export.source import choose_source
+from litezoo.export.source import choose_source, load_source
 from litezoo.export.to_half import activation_maxima, check_fp16_range, to_half
 from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
@@ -594,8 +596,8 @@ def spoil_proto(proto):
 def spoil_fuse(monkeypatch):
     right = exporter.fuse_with_report
 
-    def wrong(model):
-        report = right(model)
+    def wrong(model, *, images):
+        report = right(model, images=images)
         with torch.no_grad():
             next(report.model.parameters()).mul_(1.01)
         return report
@@ -678,6 +680,56 @@ def test_an_artifact_with_nothing_to_run_cannot_be_stated(for_cpu):
     artifact = read_artifact(for_cpu)
     with pytest.raises(MissingError, match=r"nothing to run was built: no openvino here"):
         dataclasses.replace(artifact, engines=(), not_built={"openvino": "no openvino here"})
+
+
+# ----------------------------------------------------------------- dead channels, and int8 risk
+
+
+def test_dead_channels_are_cured_and_said_though_noise_wakes_them_up(tmp_path, monkeypatch):
+    source = load_source("repvgg_tiny", "random", ())
+    kill_channels(source.model, images(8, 3, 32, 32))
+    source.model.stages[1][0].branch_3x3.bn.bias.data[0] = 200.0  # no data did
+    monkeypatch.setattr(exporter, "load_source", lambda *_: source)
+    artifact = export(
+        "repvgg_tiny", device="cpu", precision="fp32", weights="random", out=tmp_path / "a"
+    )
+    assert any(n.startswith("dead channel") and "avoided" in n for n in artifact.notes)
+    assert artifact.checks[0].stage == "fuse" and artifact.checks[0].max_relative_error <= 1e-4
+
+
+def test_int8_comes_with_the_risk_that_its_weights_are(tmp_path):
+    artifact = export(
+        "repvgg_tiny",
+        device="cpu",
+        precision="int8",
+        weights="random",
+        calibration="random",
+        out=tmp_path / "a",
+    )
+    assert any(n.startswith("int8 risk with per-channel weights: ") for n in artifact.notes)
+
+
+def test_a_dead_channel_is_proved_on_the_training_images(tmp_path, monkeypatch):
+    source = load_source("repvgg_tiny", "random", ())
+    source = dataclasses.replace(
+        source,
+        data="digits",
+        model=source.spec.build(num_classes=10, in_chans=1),
+        preprocess=dataclasses.replace(
+            source.preprocess, input_size=(1, 32, 32), mean=(0.3,), std=(0.35,)
+        ),
+        classes=tuple("0123456789"),
+    )
+    torch.manual_seed(0)
+    x = torch.cat(list(exporter._data_images(source)))
+    assert x.shape == (256, 1, 32, 32)
+    kill_channels(source.model, x)
+    source.model.stages[1][1].branch_identity.running_var[0] = 5e-3  # it died late
+    monkeypatch.setattr(exporter, "load_source", lambda *_: source)
+    artifact = export(
+        "repvgg_tiny", device="cpu", precision="fp32", weights="random", out=tmp_path / "a"
+    )
+    assert any("stages.1.1.branch_identity: constant moved" in n for n in artifact.notes)
 
 
 # --------------------------------------------------------------------------- where weights are from

@@ -1,13 +1,16 @@
 """The fuse algebra against direct computation, and what `fuse` promises to its caller."""
 
 import copy
+import dataclasses
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from helpers import images, relative_error, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_models import shallow_small
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +20,7 @@ from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed, UsageError
 from litezoo.models.fuse import (
     DeployBlock,
+    FusableBlock,
     Kernel,
     bn_scale_shift,
     fold_bn,
@@ -24,13 +28,19 @@ from litezoo.models.fuse import (
     fuse,
     fuse_with_report,
     graph_form,
+    hold_dead,
     identity_kernel,
     pad_to,
 )
+from litezoo.models.layers import ConvBN
+from litezoo.models.mobileone import MobileOneBlock
+from litezoo.models.qarepvgg import QARepVGGBlock
 from litezoo.models.repvgg import RepVGG, RepVGGBlock
 
 # Derandomised: CI and a laptop see the same cases. No deadline: tests assert nothing about time.
 checked = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+#: Of what fuses a block twice.
+few = settings(checked, max_examples=25)
 #: Float64 arithmetic in another order; a few hundred terms per output.
 ROUNDING = 1e-12
 
@@ -595,3 +605,302 @@ def test_a_fused_state_dict_loads_into_the_fused_form_of_another_model():
     second.load_state_dict(first.state_dict(), strict=True)
     x = images(2, 3, 32, 32)
     assert torch.equal(first(x), second(x))
+
+
+# ----------------------------------------------------------------------- dead channels
+
+
+@torch.no_grad()
+def settle(model, x):
+    """Give every BatchNorm the statistics of a batch: those of the data, without any lag."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()(x)
+    return model.eval()
+
+
+@st.composite
+def blocks_with_dead_channels(draw):
+    """Draw a block, images on which some input channels are 0, and those channels.
+
+    The first output channel of every convolution reads only these, so that it is constant too.
+    """
+    groups = draw(st.sampled_from([1, 2]))
+    channels = groups * draw(st.integers(2, 4))
+    stride = draw(st.sampled_from([1, 1, 2]))
+    block = draw(
+        st.sampled_from(
+            [
+                RepVGGBlock(channels, channels, stride=stride, groups=groups),
+                QARepVGGBlock(channels, channels, stride=stride, groups=groups),
+                MobileOneBlock(channels, channels, 3, stride=stride, groups=channels, branches=2),
+                MobileOneBlock(channels, channels, 1, branches=2),
+                ConvBN(channels, channels, 3, stride=stride, groups=groups, bias=True),
+                ConvBN(channels, channels, 5, groups=channels),
+            ]
+        )
+    )
+    shake(block.double(), seed=draw(st.integers(0, 2**31)))
+    dead = sorted({0, *draw(st.sets(st.integers(0, channels - 1), max_size=channels - 2))})
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            mine = [c for c in range(module.weight.shape[1]) if c not in dead]
+            module.weight.data[0, mine] = 0
+    x = images(4, channels, 6, 5, seed=draw(st.integers(0, 99)), dtype=torch.float64)
+    x[:, dead] = 0
+    return settle(block, x), x, dead
+
+
+@few
+@given(blocks_with_dead_channels())
+def test_cured_block_gives_the_same_output_where_its_dead_channels_are_constant(drawn):
+    block, x, _ = drawn
+    report = fuse_with_report(block)
+    expected = block(x)
+    assert (report.model(x) - expected).abs().max() <= 1e-10 * (1 + expected.abs().max())
+    assert report.dead and all(row.is_cured and 0 in row.channels for row in report.dead)
+    assert report.max_relative_error <= 1e-10
+
+
+@few
+@given(blocks_with_dead_channels())
+def test_nothing_of_a_dead_branch_is_left_in_the_kernel(drawn):
+    block, _, _ = drawn
+    twin = copy.deepcopy(block)
+    for row in fuse_with_report(block).dead:
+        branch = twin.get_submodule(row.branch)
+        gamma = branch.weight.detach()[list(row.channels)].abs().max()
+        assert row.largest_scale == pytest.approx(float(gamma) / branch.eps**0.5)
+        for channel in row.channels:  # what it has been without statistics of its own
+            branch.running_var[channel] = torch.inf
+    cured, free = fuse(block)[0], twin.fused()[0]
+    assert relative_error(cured.weight, free.weight) <= 1e-12
+
+
+@few
+@given(st.integers(1, 3), st.sampled_from([-3.0, 0.0, 0.5, 40.0]), st.floats(0, 1e-14))
+def test_a_dead_identity_may_have_any_constant(groups, constant, variance):
+    block = shake(RepVGGBlock(6, 6, groups=groups).double()).eval()
+    block.branch_identity.running_mean[2] = constant
+    block.branch_identity.running_var[2] = variance
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    x[:, 2] = constant
+    report = fuse_with_report(block)
+    assert [(row.branch, row.channels) for row in report.dead] == [("branch_identity", (2,))]
+    assert report.dead[0].constants == pytest.approx((constant,))
+    assert relative_error(report.model(x), block(x)) <= 1e-10
+    # only the centre of one filter was changed
+    change = (report.model[0].weight - fuse(block, cure=False)[0].weight).abs()
+    assert change[2, 2 % (6 // groups), 1, 1] > 1 and change.count_nonzero() == 1
+
+
+def dead_identity():
+    """Return a float64 block whose identity has a dead channel, 3, by its statistics."""
+    block = shake(RepVGGBlock(6, 6).double()).eval()
+    block.branch_identity.weight.data[3] = 1.0
+    block.branch_identity.running_var[3] = 0.0
+    block.branch_identity.running_mean[3] = 0.0
+    return block
+
+
+def test_the_cure_can_be_declined():
+    block = dead_identity()
+    kept, cured = fuse_with_report(block, cure=False), fuse_with_report(block)
+    assert kept.dead == () and kept.said == ()
+    assert kept.model[0].weight[3, 3, 1, 1] > 300 > 10 > cured.model[0].weight.abs().max()
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    assert relative_error(kept.model(x), block(x)) <= 1e-10
+
+
+def test_a_cure_is_said_with_the_scale_that_it_avoids():
+    report = fuse_with_report(dead_identity())
+    assert report.said == (
+        "dead channel 3 of branch_identity: constant moved into the bias, scale 316 avoided",
+    )
+
+
+def test_a_report_of_many_branches_names_the_worst_and_counts_the_others():
+    blocks = [dead_identity() for _ in range(6)]
+    for index, block in enumerate(blocks):
+        block.branch_identity.weight.data[3] = 1.0 + index
+    said = fuse_with_report(nn.Sequential(*blocks)).said
+    assert [line.split()[4] for line in said[:4]] == [f"{i}.branch_identity:" for i in (5, 4, 3, 2)]
+    assert said[4:] == ("2 dead channels of 2 more branches",)
+
+
+def test_a_small_variance_that_carries_a_signal_is_no_death():
+    block = shake(RepVGGBlock(6, 6).double()).eval()
+    block.branch_1x1.bn.running_var[1] = 5e-6  # of small weights, say: a third of the output
+    report = fuse_with_report(block)
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    assert report.dead == () and relative_error(report.model(x), block(x)) <= 1e-10
+
+
+def test_a_channel_of_a_small_scale_is_left_alone():
+    block = dead_identity()
+    block.branch_identity.weight.data[3] = 1e-3
+    assert fuse_with_report(block).dead == ()
+
+
+def test_a_window_over_a_constant_is_not_constant_at_the_border():
+    block = shake(ConvBN(2, 2, 3, act=None).double())
+    x = images(2, 2, 6, 5, dtype=torch.float64)
+    x[:, 1] = 0.5
+    block.conv.weight.data[0, 0] = 0  # it reads the constant alone, and the padding around it
+    settle(block, x)
+    for given_images in (None, x):
+        report = fuse_with_report(block, images=given_images)
+        assert report.dead == () and relative_error(report.model(x), block(x)) <= 1e-10
+
+
+def test_images_that_move_a_dead_channel_leave_it_as_it_is():
+    block = dead_identity()
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    report = fuse_with_report(block, images=x)
+    assert relative_error(report.model(x), block(x)) <= 1e-10
+    (row,) = report.dead
+    assert not row.is_cured and row.channels == (3,)
+    spread = (x[:, 3].max() - x[:, 3].min()) / 2
+    assert row.largest_deviation == pytest.approx(float(spread) / 1e-5**0.5)
+    assert report.said[0].startswith("dead channel 3 of branch_identity: left as they are, scale")
+
+
+@pytest.mark.parametrize("batches", [lambda x: x, lambda x: iter(x.split(3))])
+def test_images_prove_a_death_that_the_averages_do_not_show_yet(batches):
+    block = dead_identity()
+    block.branch_identity.running_var[3] = 5e-3
+    block.branch_identity.running_mean[3] = 0.02
+    x = images(8, 6, 4, 3, dtype=torch.float64)
+    x[:, 3] = 0.0
+    assert fuse_with_report(block).dead == ()
+    report = fuse_with_report(block, images=batches(x))
+    (row,) = report.dead
+    assert row.is_cured and row.constants == (0.0,) and row.largest_deviation == 0.0
+    assert relative_error(report.model(x), block(x)) <= 1e-10
+    assert report.model[0].weight[3, 3, 1, 1].abs() < 5 < row.largest_scale
+
+
+def test_every_batch_of_images_counts():
+    block = dead_identity()
+    x = images(4, 6, 4, 3, dtype=torch.float64)
+    x[:3, 3] = 0.0
+    (row,) = fuse_with_report(block, images=x.split(1)).dead
+    assert not row.is_cured
+
+
+def test_images_are_read_only_where_a_channel_is_suspect():
+    def unread():
+        raise AssertionError("nothing is suspect here")
+        yield
+
+    assert fuse_with_report(shake(tiny()), images=unread()).dead == ()
+
+
+def test_no_images_are_refused():
+    with pytest.raises(UsageError, match="no images to see dead channels on; give some hundred"):
+        fuse(dead_identity(), images=[])
+
+
+def test_fuse_with_images_leaves_its_argument_untouched():
+    block = dead_identity().train()
+    before = snapshot(block)
+    fuse(block, images=images(2, 6, 4, 3))
+    assert same(before, snapshot(block))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cured_block_keeps_its_dtype(dtype):
+    report = fuse_with_report(dead_identity().to(dtype))
+    assert report.dead and {p.dtype for p in report.model.parameters()} == {dtype}
+
+
+def test_a_batchnorm_without_weights_can_be_cured():
+    block = dead_identity()
+    block.branch_identity = nn.BatchNorm2d(6, affine=False, dtype=torch.float64).eval()
+    block.branch_identity.running_var[3] = 0.0
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    x[:, 3] = 0.0
+    report = fuse_with_report(block)
+    assert report.dead and relative_error(report.model(x), block(x.clone())) <= 1e-10
+
+
+def forget_the_constant(bn, dead):
+    bn.weight = nn.Parameter(bn.weight.clone().index_fill_(0, dead.channels, 0.0))
+
+
+def forget_the_shift(bn, dead):
+    bn.weight = nn.Parameter(bn.weight.clone().index_fill_(0, dead.channels, 0.0))
+    bn.bias = nn.Parameter(bn.bias.clone().index_fill_(0, dead.channels, 0.0))
+
+
+def cure_the_neighbour(bn, dead):
+    cure(bn, dataclasses.replace(dead, channels=dead.channels + 1))
+
+
+cure = fuse_module._cure
+
+
+@pytest.mark.parametrize("wrong", [forget_the_constant, forget_the_shift, cure_the_neighbour])
+def test_a_wrong_cure_fails_the_check(monkeypatch, wrong):
+    block = dead_identity()
+    block.branch_identity.running_mean[3] = 0.25
+    x = images(2, 6, 4, 3, dtype=torch.float64)
+    x[:, 3] = 0.0  # not what the mean says: the constant seen is what counts
+    fuse(block, images=x)
+    monkeypatch.setattr(fuse_module, "_cure", wrong)
+    with pytest.raises(CheckFailed, match="changed its output by"):
+        fuse(block, images=x)
+
+
+@torch.no_grad()
+def kill_channels(model, x):
+    """Have the ReLU behind every fusable block give nothing but 0 in its first channel."""
+    for block in model.modules():
+        if isinstance(block, FusableBlock):
+            for module in block.modules():
+                if isinstance(module, nn.BatchNorm2d) and module.num_features > 2:
+                    module.bias[0] = -50.0
+    return settle(model, x)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        partial(shallow_small, "repvgg_a0"),
+        partial(tiny, groups=2, squeeze_excite=True, widths=(16, 16, 16, 16)),
+        partial(shallow_small, "mobileone_s0"),
+        partial(shallow_small, "mobilenetv2_100"),
+    ],
+    ids=["repvgg", "groups and gates", "mobileone", "mobilenetv2"],
+)
+def test_a_cured_network_gives_the_same_output_on_its_data(create):
+    x = images(4, 3, 32, 32, dtype=torch.float64)
+    model = kill_channels(create().double(), x)
+    report = fuse_with_report(model)
+    assert report.dead and all(row.is_cured for row in report.dead)
+    assert max(row.largest_scale for row in report.dead) > 25
+    assert relative_error(report.model(x), model(x)) <= 1e-9
+    by_statistics, on_images = (
+        {(row.branch, c) for row in found.dead for c in row.channels}
+        for found in (report, fuse_with_report(model, images=x))
+    )
+    assert by_statistics <= on_images
+
+
+def test_qarepvgg_has_no_batchnorm_on_its_identity_that_could_die():
+    x = images(4, 3, 32, 32, dtype=torch.float64)
+    model = kill_channels(shallow_small("qarepvgg_a0").double(), x)
+    report = fuse_with_report(model)
+    assert report.dead == () and relative_error(report.model(x), model(x)) <= 1e-9
+
+
+def test_a_model_whose_dead_channels_are_held_equals_the_cured_one_on_noise():
+    x = images(4, 3, 32, 32, dtype=torch.float64)
+    model = kill_channels(tiny().double(), x)
+    model.stages[1][0].branch_3x3.bn.bias.data[0] = 200.0  # no data did: the channel wakes up
+    report = fuse_with_report(model)
+    assert relative_error(report.model(x), model(x)) > 0.1
+    held = hold_dead(model, report.dead)
+    assert relative_error(report.model(x), held(x)) <= 1e-9 and held is not model

@@ -262,6 +262,8 @@ def test_the_page_of_the_validation_has_the_fits_numbers():
             assert line, (device, runtime, fit.rows)
             shown += 1
     assert shown > 20
+    heads = (validate._HEAD, validate._BOARDS_HEAD, validate._PROXIES_HEAD, validate._TRANSFER_HEAD)
+    assert all(head in text for head in heads), "run: python -m litezoo.benchmarks.validate --write"
 
 
 # ----------------------------------------------------------------------- predicting

@@ -426,6 +426,52 @@ def _tuned(engine: Engine) -> str:
     return f"{engine.ms_per_batch:.3f}" + ("" if engine.threads is None else f" {tuned}")
 
 
+def _quantize_parser(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="default: that of the last trained checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="say from the weights alone what "
+                        "int8 would cost; writes nothing (required)")  # fmt: skip
+    parser.add_argument("--weights", help="tag, checkpoint file or 'random'")
+    parser.add_argument("--device", help="whose finest scales: per channel or per tensor "
+                        "(default: both)")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=5, help="how many layers to show, the worst "
+                        "first (default: 5)")  # fmt: skip
+    parser.add_argument("--allow-license", nargs="+", default=[],
+                        help="accept these licences of weights")  # fmt: skip
+
+
+def _quantize(args: Namespace) -> None:
+    if not args.dry_run:
+        raise UsageError("`litezoo export --precision int8` makes 8-bit engines; add --dry-run to "
+                         "see what they would cost, without data")  # fmt: skip
+    from litezoo.export.int8_risk import dry_run
+    from litezoo.export.source import choose_source
+
+    model, weights = choose_source(args.model or None, args.weights or None)
+    with _steps() as progress:
+        found = dry_run(
+            model, weights=weights, device=args.device, allow_license=args.allow_license,
+            progress=progress,
+        )  # fmt: skip
+
+    def text() -> None:
+        for sentence in found.said:
+            print(sentence)
+        for risk in found.risks:
+            _table(
+                f"{found.model} ({found.weights}), deploy form, {risk.granularity} weights",
+                ("layer", "output SNR dB", "worst column dB", "input channel"),
+                [
+                    (layer.name, f"{layer.output_snr_db:.1f}", f"{layer.worst_column_sqnr_db:.1f}",
+                     str(layer.worst_column))
+                    for layer in risk.layers[: args.layers]
+                ],
+            )  # fmt: skip
+            print(risk)
+
+    values = {**_plain(found), "risks": [{**_plain(r), "verdict": r.verdict} for r in found.risks]}
+    _show(values, as_json=args.json, text=text)
+
+
 def _verify_parser(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="an artifact's folder")
     parser.add_argument("--deep", action="store_true", help="compare node by node and name the "
@@ -1330,6 +1376,7 @@ _VERBS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespa
     "info": ("one model: counts, paper, weights", _info_parser, _info),
     "devices": ("the target devices", _devices_parser, _devices),
     "export": ("build verified engines for a device", _export_parser, _export),
+    "quantize": ("what int8 would cost, without data", _quantize_parser, _quantize),
     "verify": ("check an artifact: hashes, loading, parity", _verify_parser, _verify),
     "bench": ("measure artifacts and append to the results", _bench_parser, _bench),
     "profile": ("what a network costs, layer by layer", _profile_parser, _profile),
