@@ -312,7 +312,10 @@ def read_measured(folder: Path | None = None) -> tuple[Evidence, ...]:
 
 
 def _conditions(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """Return what has to be the same for two rows to be of the same question (as in results.py)."""
+    """Return what has to be the same for two rows to be of the same question.
+
+    As in results.py, but for the row that the ratio is over: a time is a time.
+    """
     machine = row["machine"]
     return (
         row["device"], machine["cpu"], machine["versions"].get("gpu"), row["model"],
