@@ -147,19 +147,41 @@ def _is_layout(op: Op) -> bool:
     return (op.kind == "copy" and op.name in _LAYOUTS) or not op.inputs
 
 
+def _moved(op: Op, inputs: tuple[int, ...], weight_elements: int) -> Op:
+    """Return an operator at another place; what of its weights is not kept was its bias.
+
+    Written out, as `dataclasses.replace` takes twice as long and this runs ten thousand times.
+    """
+    return Op(
+        kind=op.kind,
+        name=op.name,
+        module=op.module,
+        inputs=inputs,
+        reads=op.reads,
+        out_shape=op.out_shape,
+        out_elements=op.out_elements,
+        weight_elements=weight_elements,
+        bias_elements=op.bias_elements - (op.weight_elements - weight_elements),
+        macs=op.macs,
+        conv=op.conv,
+        window=op.window,
+        sensitive=op.sensitive,
+    )
+
+
 def _peel_bias(network: Network, *, depthwise: bool) -> Network:
     """Return the network with the biases of convolutions as additions of their own."""
     ops: list[Op] = []
     place = {-1: -1}
     for index, op in enumerate(network.ops):
-        moved = dataclasses.replace(op, inputs=tuple(place[one] for one in op.inputs))
+        inputs = tuple(place[one] for one in op.inputs)
         bias = op.bias_elements if op.conv is not None and op.inputs else 0
         if op.conv is None or not bias or (op.conv.kind == "depthwise" and not depthwise):
-            ops.append(moved)
+            ops.append(op if inputs == op.inputs else _moved(op, inputs, op.weight_elements))
             place[index] = len(ops) - 1
             continue
         weight = op.weight_elements - bias
-        ops.append(dataclasses.replace(moved, weight_elements=weight, bias_elements=0))
+        ops.append(_moved(op, inputs, weight))
         ops.append(
             Op(
                 kind="add",
@@ -270,6 +292,17 @@ class _Plan:
             full_write_elements=copy.writes if self.amp and writes_full else 0,
         )
 
+    def _written(self, group: Sequence[int]) -> Sequence[int]:
+        """Return the values of a group that are needed outside, else its last."""
+        inside = set(group)
+        needed = [
+            index
+            for index in group
+            if index in self.results
+            or any(reader not in inside for reader in self.readers.get(index, ()))
+        ]
+        return needed or group[-1:]
+
     def _kernel(self, group: Sequence[int], rule: _Rule) -> Kernel:
         inside = set(group)
         ops = [self.ops[index] for index in group]
@@ -281,31 +314,26 @@ class _Plan:
                     reads[value] = reads.get(value, 0) + elements
         if len(group) > 1:  # what several of them read is read once
             reads = {value: min(count, self.size(value)) for value, count in reads.items()}
-        needed = [
-            index
-            for index in group
-            if index in self.results
-            or any(reader not in inside for reader in self.readers.get(index, ()))
-        ]
-        writes = needed or list(group[-1:])
+        writes = group if len(group) == 1 else self._written(group)
         beside = sum(map(rule.written_beside, writes))
-        full = [rule.written(index) for index in writes if rule.stores_full(index)]
+        full = [rule.written(index) for index in writes if self.amp and rule.stores_full(index)]
+        full_reads = [
+            count for value, count in reads.items() if self.amp and rule.reads_full(group[0], value)
+        ]
         cast = rule.cast_elements(first)
         return Kernel(
             kind=rule.kind(ops),
             name=first.module or first.name,
-            ops=tuple(op.name for op in ops),
-            kinds=tuple(op.kind for op in ops),
-            macs=sum(op.macs for op in ops),
-            weight_elements=sum(op.weight_elements for op in ops),
+            ops=tuple([op.name for op in ops]),
+            kinds=tuple([op.kind for op in ops]),
+            macs=sum([op.macs for op in ops]),
+            weight_elements=sum([op.weight_elements for op in ops]),
             read_elements=sum(reads.values()),
             write_elements=sum(map(rule.written, writes)) + beside,
             conv=first.conv,
             out_shape=self.ops[writes[-1]].out_shape,
-            sensitive=any(op.sensitive for op in ops),
-            full_read_elements=sum(
-                count for value, count in reads.items() if rule.reads_full(group[0], value)
-            ),
+            sensitive=any([op.sensitive for op in ops]),
+            full_read_elements=sum(full_reads),
             full_write_elements=sum(full) + (beside if self.amp else 0),
             cast_elements=cast,
             casts=(cast > 0) + (self.amp and cast > first.bias_elements > 0),
@@ -503,6 +531,7 @@ class _Compiling(_Rule):
         self.members: dict[int, list[int]] = {}
         self.needs: dict[int, int] = {}  # groups that one waits for, as bits
         self.marks: dict[int, int] = {}  # the bits that stand for a group
+        self.waited = 0  # all groups that some group waits for
         self.reduced: set[int] = set()  # what comes behind a reduction in its group
 
     def groups(self) -> list[list[int]]:
@@ -677,7 +706,8 @@ class _Compiling(_Rule):
             if value >= 0 and self.group[value] != own:
                 needs |= self.needs[self.group[value]] | self.marks[self.group[value]]
         self.needs[own] = needs
-        if joined:
+        self.waited |= needs
+        if joined and self.waited & mark:
             for one, bits in self.needs.items():
                 if bits & mark and one != own:
                     self.needs[one] = bits | mark | needs

@@ -534,13 +534,20 @@ class _Reader:
     """The inverse of `_Writer`."""
 
     def __init__(self, tables: Mapping[str, Any]) -> None:
-        names = [name.split(".", 1) for name in tables["names"].split(" ")]
+        self.names = [name.split(".", 1) for name in tables["names"].split(" ")]
         self.modules = _front_decoded(tables["modules"])
-        self.rows = [self._row(row, names) for row in tables["rows"]]
+        self.coded: Sequence[_Row] = tables["rows"]
+        self.decoded: dict[int, tuple[Any, ...]] = {}
 
-    def _row(self, row: _Row, names: Sequence[Sequence[str]]) -> tuple[Any, ...]:
+    def _row(self, place: int) -> tuple[Any, ...]:
+        """Return a row of the table, decoded once; a form needs about half of them."""
+        if place not in self.decoded:
+            self.decoded[place] = self._decode(self.coded[place])
+        return self.decoded[place]
+
+    def _decode(self, row: _Row) -> tuple[Any, ...]:
         row = [*row, *(0,) * (10 - len(row))]
-        kind, name = names[row[0]]
+        kind, name = self.names[row[0]]
         conv = _conv(row[6]) if row[6] else None
         shape, size, weight, macs = _implied(conv, tuple(row[1] or ()))
         elements = size + row[9]
@@ -561,7 +568,7 @@ class _Reader:
             module = int(place) if place else module + 1
             row, found, back = token.partition(":")
             kind, name, shape, reads, elements, weight, bias, macs, conv, window, sensitive = (
-                self.rows[int(row)]
+                self._row(int(row))
             )
             if found:
                 inputs = tuple(index - int(one) for one in back.split(",")) if back else ()
