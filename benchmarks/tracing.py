@@ -8,6 +8,7 @@ of `benchmarks.graph`. `python -m litezoo.benchmarks.tracing` writes networks.js
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import math
@@ -875,9 +876,11 @@ def check_networks() -> None:
             )
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Write networks.json anew, or with --check compare it with the code."""
-    if words == ["--check"]:
+    parser = argparse.ArgumentParser(prog="python -m litezoo.benchmarks.tracing")
+    parser.add_argument("--check", action="store_true", help="status 3 if it is not up to date")
+    if parser.parse_args(words).check:
         try:
             check_networks()
         except LitezooError as error:
@@ -893,4 +896,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
