@@ -27,8 +27,8 @@ from litezoo.recipes.devices import Device, get_device, list_devices
 
 from .evidence import Evidence, read_measured, read_published
 from .fit import Target
-from .kernels import Network, catalogue_network, scale
 from .latency import compute_dtype
+from .network import Network, catalogue_network, scale
 from .predict import Prediction, list_targets, predict_networks
 
 __all__ = [

@@ -21,33 +21,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from litezoo.models.errors import UsageError, unknown_name
 
-from .network import (
-    PART,
-    WEIGHTED,
-    ConvShape,
-    Network,
-    Op,
-    OpKind,
-    catalogue_network,
-    list_networks,
-    scale,
-)
+from .network import PART, WEIGHTED, ConvShape, Network, Op, OpKind
 
 if TYPE_CHECKING:
     from .graph import Kind
 
-__all__ = [
-    "ConvShape",
-    "Kernel",
-    "Network",
-    "Op",
-    "OpKind",
-    "Policy",
-    "catalogue_network",
-    "list_networks",
-    "make_kernels",
-    "scale",
-]
+__all__ = ["Kernel", "Policy", "make_kernels"]
 
 Policy = Literal["eager", "compiled", "fused"]
 

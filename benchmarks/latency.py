@@ -39,7 +39,8 @@ from litezoo.models.errors import UsageError
 if TYPE_CHECKING:
     from litezoo.recipes.devices import Device
 
-    from .kernels import Kernel, Network
+    from .kernels import Kernel
+    from .network import Network
 
 __all__ = [
     "CLASSES", "PARAMETERS", "Chip", "Class", "Costs", "KernelTime", "Mode", "Parameter",

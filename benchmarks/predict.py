@@ -43,7 +43,7 @@ from .fit import (
     prior_of_fit,
     read_fits,
 )  # fmt: skip
-from .kernels import Kernel, Network, make_kernels
+from .kernels import Kernel, make_kernels
 from .latency import (
     CLASSES,
     PARAMETERS,
@@ -58,6 +58,7 @@ from .latency import (
     make_work,
     read_chip,
 )  # fmt: skip
+from .network import Network
 
 if TYPE_CHECKING:
     from torch import nn

@@ -41,8 +41,8 @@ from .fit import (
     solve,
     write_fits,
 )  # fmt: skip
-from .kernels import Network
 from .latency import Chip, Costs, Floats, Mode, Sample, Work, compute_dtype, read_chip
+from .network import Network
 from .predict import kin_of, nearest_fit, network_work, transfer_prior
 
 __all__ = ["Group", "Score", "Transfer", "main", "read_groups", "score", "spearman"]

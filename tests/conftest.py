@@ -2,7 +2,6 @@ import gc
 import hashlib
 import os
 import tempfile
-import types
 
 import pytest
 
@@ -11,7 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from litezoo.models import catalogue
 from litezoo.models.catalogue import get_spec, list_models
 
 
@@ -83,19 +81,12 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    """Have "repvgg_tiny" in the catalogue meanwhile, through the entry point group."""
+    """Have "repvgg_tiny" in the catalogue meanwhile."""
+    from helpers import in_catalogue
     from test_train import TINY
 
-    point = types.SimpleNamespace(name="tests", load=lambda: (TINY,))
-
-    def entry_points(*, group):
-        return [point] if group == "litezoo.models" else []
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "entry_points", entry_points)
-        catalogue._registry.cache_clear()
+    with in_catalogue(TINY):
         yield
-    catalogue._registry.cache_clear()
 
 
 @pytest.fixture(scope="module")

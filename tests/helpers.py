@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+import types
+from contextlib import contextmanager
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from litezoo.models import catalogue
 
 #: Blocks of a stage, where not two but so many have every kind of layer.
 DEPTHS = {"gghostnet": 3, "repvgg in groups": 4}
@@ -196,3 +201,18 @@ def poison(model):
     for value in model.state_dict().values():
         value.fill_(float("nan") if value.is_floating_point() else -1)
     return model
+
+
+@contextmanager
+def in_catalogue(*specs):
+    """Have models in the catalogue meanwhile, through the entry point group."""
+    point = types.SimpleNamespace(name="tests", load=lambda: specs)
+
+    def entry_points(*, group):
+        return [point] if group == "litezoo.models" else []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "entry_points", entry_points)
+        catalogue._registry.cache_clear()
+        yield
+    catalogue._registry.cache_clear()

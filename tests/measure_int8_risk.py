@@ -19,6 +19,7 @@ import torch
 from helpers import shallow
 from torch.nn import functional as F
 
+from litezoo.benchmarks.validate import spearman
 from litezoo.export.compare import compare_logits
 from litezoo.export.int8_risk import int8_risk
 from litezoo.export.to_int8 import quantize
@@ -128,17 +129,6 @@ def outcome(proto, per_channel, images, labels, calibration):
     return top1[0], likeness.snr_db, top1[0] - top1[1], likeness.top1_agreement_percent
 
 
-def ranks(values):
-    """Return ranks from 0, ties in the middle."""
-    order = np.asarray(values)
-    return np.array([((order < v).sum() + (order <= v).sum() - 1) / 2 for v in order])
-
-
-def spearman(a, b):
-    """Return the correlation of ranks."""
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
 def trained(label, create, seed, learning_rate, cache):
     """Return a trained network, from the cache where it lies there."""
     file = cache / (re.sub(r"\W+", "_", f"{label} {seed}") + ".pt") if cache else None
@@ -208,9 +198,9 @@ def correlations(rows):
     for group, is_of in GROUPS.items():
         for granularity in ("per-tensor", "per-channel"):
             some = [row for row in rows if row[2] == granularity and is_of(row[0])]
-            snr, drop = ([row[4][i] for row in some] for i in (1, 2))
+            snr, drop = (np.array([row[4][i] for row in some]) for i in (1, 2))
             for what, number in KNOWN.items():
-                said = [number(row[3]) for row in some]
+                said = np.array([number(row[3]) for row in some])
                 lines.append(
                     f"| {group} | {granularity} | {len(some)} | {what} | {spearman(said, snr):.2f} "
                     f"| {-spearman(said, drop):.2f} |"

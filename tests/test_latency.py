@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litezoo.benchmarks.kernels import ConvShape, Kernel, catalogue_network, make_kernels
+from litezoo.benchmarks.kernels import Kernel, make_kernels
 from litezoo.benchmarks.latency import (
     CLASSES,
     PARAMETERS,
@@ -20,6 +20,7 @@ from litezoo.benchmarks.latency import (
     parameters_of,
     read_chip,
 )
+from litezoo.benchmarks.network import ConvShape, catalogue_network
 from litezoo.models.errors import UsageError
 from litezoo.recipes.devices import get_device
 

@@ -26,7 +26,7 @@ from litezoo.benchmarks.backbones import (
 )
 from litezoo.benchmarks.evidence import Evidence, read_measured, read_published
 from litezoo.benchmarks.fit import Target
-from litezoo.benchmarks.kernels import Network, Op, catalogue_network, list_networks
+from litezoo.benchmarks.network import Network, Op, catalogue_network, list_networks
 from litezoo.benchmarks.operators import find_operators, read_operators
 from litezoo.benchmarks.pick import Budget, front_of, judged, pick
 from litezoo.benchmarks.pick import recommend as recommend_row

@@ -30,8 +30,8 @@ from litezoo.benchmarks.fit import (
     solve,
     write_fits,
 )
-from litezoo.benchmarks.kernels import catalogue_network, list_networks
 from litezoo.benchmarks.latency import PARAMETERS, Costs, Sample, read_chip
+from litezoo.benchmarks.network import catalogue_network, list_networks
 from litezoo.benchmarks.predict import (
     find_target,
     fit_rows,
@@ -617,7 +617,7 @@ def test_what_transfers_taught_is_kept_by_kinship():
 def test_predicting_a_model_of_the_catalogue_imports_no_torch():
     program = (
         "import sys; from litezoo.benchmarks.predict import find_target, predict_networks; "
-        "from litezoo.benchmarks.kernels import catalogue_network; "
+        "from litezoo.benchmarks.network import catalogue_network; "
         "predict_networks([catalogue_network('repvgg_a0')], find_target('t4')); "
         "heavy = {'torch', 'timm', 'onnx', 'scipy', 'openvino', 'onnxruntime'} & set(sys.modules); "
         "sys.exit(f'imported: {heavy}' if heavy else 0)"

@@ -3,12 +3,11 @@
 import copy
 import dataclasses
 import pickle
-import types
 
 import pytest
 import torch
 import yaml
-from helpers import images, relative_error, shake
+from helpers import images, in_catalogue, relative_error, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -18,7 +17,6 @@ from test_repoptvgg import ImaginaryBlock, layer_that_starts_as
 from torch import nn
 from torch.nn import functional as F
 
-from litezoo.models import catalogue
 from litezoo.models.catalogue import get_spec
 from litezoo.models.errors import CheckFailed, UsageError
 from litezoo.models.layers import ConvBN
@@ -73,17 +71,9 @@ NARROW_SPEC = dataclasses.replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """Have the two small models in the catalogue meanwhile, through the entry point group."""
-    point = types.SimpleNamespace(name="tests", load=lambda: (TINY, NARROW_SPEC))
-
-    def entry_points(*, group):
-        return [point] if group == "litezoo.models" else []
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "entry_points", entry_points)
-        catalogue._registry.cache_clear()
+    """Have the two small models in the catalogue meanwhile."""
+    with in_catalogue(TINY, NARROW_SPEC):
         yield
-    catalogue._registry.cache_clear()
 
 
 @pytest.fixture
