@@ -10,7 +10,7 @@ import torch
 from helpers import images, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measure_int8_risk import NARROW, ranks, section, spearman, stressed, with_dead_channel
+from measure_int8_risk import NARROW, section, stressed, with_dead_channel
 from test_fuse import kill_channels, tiny
 from test_int8 import SMALL, small_file
 from test_models import shallow_small
@@ -375,12 +375,6 @@ def test_a_dry_run_says_which_channels_are_dead(monkeypatch):
 
 
 # ----------------------------------------------------------------------- the table of the docs
-
-
-def test_ranks_and_their_correlation():
-    assert ranks([30, 10, 20, 20]).tolist() == [3, 0, 1.5, 1.5]
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
 
 
 def test_a_stressed_network_is_the_same_function():
