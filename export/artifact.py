@@ -30,7 +30,16 @@ from .runtime import Array, Objective, Session, check_size, get_runtime
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Accuracy", "Artifact", "Engine", "LoadedArtifact", "load", "read_artifact", "verify"]
+__all__ = [
+    "Accuracy",
+    "Artifact",
+    "Engine",
+    "LoadedArtifact",
+    "Rung",
+    "load",
+    "read_artifact",
+    "verify",
+]
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -59,6 +68,34 @@ class Accuracy:
     def drop(self) -> float:
         """Points of top-1 lost."""
         return self.pytorch_top1_percent - self.top1_percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One way to quantize that export tried (see ladder.py), with what came of it.
+
+    `form` is the ONNX file's; `size_bytes` its size; `refused` says why it is not good enough, None
+    of the one that was taken. `engine` is what `ms_per_batch` was measured with, where the device
+    is here: the least of the medians of its blocks, beside all other rungs in one run.
+    """
+
+    form: str
+    stage: str
+    said: str
+    accuracy: Accuracy
+    size_bytes: int
+    refused: str | None = None
+    engine: str | None = None
+    ms_per_batch: float | None = None
+
+    def __str__(self) -> str:
+        """Return it as a line."""
+        verdict = "taken" if self.refused is None else f"refused: {self.refused}"
+        return (
+            f"{self.form}, {self.stage}: top-1 {self.accuracy.top1_percent:.2f} % "
+            f"({-self.accuracy.drop:+.2f}), agreement {self.accuracy.agreement_percent:.1f} %, "
+            f"{self.accuracy.snr_db:.0f} dB, {verdict}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +137,8 @@ class Artifact:
     `weights` is a tag, a checkpoint's path or "random" (speed only); `checks` are the parity of the
     stages before the engines; `onnx` maps each form of the graph to its file, `onnx_accuracy` those
     to their accuracy that no engine here loads; `not_built` says for each absent runtime, form or
-    engine why. `inputs` is all that decides what was built. With `dynamic_resolution` the engines
-    take images of other sizes than `preprocess` makes.
+    engine why. `inputs` is all that decides what was built; `ladder` is every rung that int8 tried.
+    With `dynamic_resolution` the engines take images of other sizes than `preprocess` makes.
     """
 
     model: str
@@ -124,6 +161,7 @@ class Artifact:
     onnx_accuracy: Mapping[str, Accuracy] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     dynamic_resolution: bool = False
+    ladder: tuple[Rung, ...] = ()
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -171,6 +209,10 @@ class Artifact:
                     "onnx_accuracy": {
                         name: Accuracy(**entry) for name, entry in values["onnx_accuracy"].items()
                     },
+                    "ladder": tuple(
+                        Rung(**{**entry, "accuracy": Accuracy(**entry["accuracy"])})
+                        for entry in values.get("ladder", ())
+                    ),
                     "kit": tuple(values["kit"]),
                     "notes": tuple(values["notes"]),
                 }

@@ -7,6 +7,7 @@ bit that is right. Accuracy hides degradation behind its margins; SNR and agreem
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,17 @@ from .to_half import emulate_bf16
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["LayerSnr", "LogitsSnr", "compare_logits", "snr_db", "worst_layers"]
+__all__ = [
+    "LayerSnr",
+    "LayerTensors",
+    "LogitsSnr",
+    "compare_logits",
+    "probe_layers",
+    "refuse_halves",
+    "run_probe",
+    "snr_db",
+    "worst_layers",
+]
 
 _AT_ONCE = 4  # images
 
@@ -46,6 +57,23 @@ class LayerSnr:
     name: str
     snr_db: float
     accumulated_snr_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """The tensors of one quantized convolution in the graph of `probe_layers`, all float32.
+
+    `lone_` is the layer given the float network's activations, `net_` the same behind all quantized
+    layers before it; inputs are what is left of them behind the Q/DQ pair. `name` is the node's.
+    """
+
+    name: str
+    float_input: str
+    float_output: str
+    lone_input: str
+    lone_output: str
+    net_input: str
+    net_output: str
 
 
 def snr_db(signal: float, noise: float) -> float:
@@ -90,37 +118,90 @@ def worst_layers(
     made from this float file. Both networks run in one graph that gives sums of squares only.
     `images` is (N, C, H, W).
     """
-    runtime = require("onnxruntime", purpose="comparing layers", extra="export")
+    require("onnxruntime", purpose="comparing layers", extra="export")
+    from onnx import helper
+
+    probe, tensors = probe_layers(float_proto, quantized_proto)
+    totals = []
+    for layer in tensors:
+        for end, got in (("signal", None), ("own", layer.lone_output), ("noise", layer.net_output)):
+            total, summand = f"{layer.name}/{end}", layer.float_output
+            if got is not None:
+                summand = f"{total}/difference"
+                terms = [got, layer.float_output]
+                probe.graph.node.append(helper.make_node("Sub", terms, [summand]))
+            node = helper.make_node("ReduceSumSquare", [summand], [total], keepdims=0)
+            probe.graph.node.append(node)
+            totals.append(total)
+    sums = np.zeros((len(tensors), 3))  # signal, noise of the layer alone, accumulated noise
+    for values in run_probe(probe, totals, images):
+        sums += np.asarray(values, np.float64).reshape(sums.shape)
+    layers = [
+        LayerSnr(
+            name=layer.name, snr_db=snr_db(signal, own), accumulated_snr_db=snr_db(signal, noise)
+        )
+        for layer, (signal, own, noise) in zip(tensors, sums.tolist(), strict=True)
+    ]
+    return tuple(sorted(layers, key=lambda layer: layer.snr_db)[:most])
+
+
+def run_probe(
+    probe: ModelProto, outputs: Sequence[str], images: Array, *, at_once: int = _AT_ONCE
+) -> Iterator[list[Array]]:
+    """Yield what tensors of a graph of `probe_layers` are on images, `at_once` of them at a time.
+
+    Only what these tensors need is computed. `images` is (N, C, H, W); UsageError for others.
+    """
     if images.ndim != 4 or not len(images):
         raise UsageError(f"images have shape {images.shape}; give (N, C, H, W), N of 1 or more")
-    probe, names = _probe(float_proto, quantized_proto)
+    runtime = require("onnxruntime", purpose="comparing layers", extra="export")
+    from onnx import ValueInfoProto
+
+    model = type(probe)()
+    model.CopyFrom(probe)
+    _keep_what_gives(model, outputs)
+    model.graph.output.extend(ValueInfoProto(name=name) for name in outputs)  # types are inferred
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # float16 constants that it does not fold are no news
     session = runtime.InferenceSession(
-        emulate_bf16(probe).SerializeToString(),
+        emulate_bf16(model).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=DISABLED_OPTIMIZERS,
     )
     entry = session.get_inputs()[0].name
-    sums = np.zeros((len(names), 3))  # signal, noise of the layer alone, accumulated noise
-    for start in range(0, len(images), _AT_ONCE):
-        values = session.run(None, {entry: images[start : start + _AT_ONCE]})
-        sums += np.asarray(values, np.float64).reshape(sums.shape)
-    layers = [
-        LayerSnr(name=name, snr_db=snr_db(signal, own), accumulated_snr_db=snr_db(signal, noise))
-        for name, (signal, own, noise) in zip(names, sums.tolist(), strict=True)
-    ]
-    return tuple(sorted(layers, key=lambda layer: layer.snr_db)[:most])
+    for start in range(0, len(images), at_once):
+        yield session.run(list(outputs), {entry: images[start : start + at_once]})
 
 
-def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelProto, list[str]]:
-    """Return a graph with both networks, and a copy of each quantized layer on float activations.
+def _keep_what_gives(model: ModelProto, outputs: Sequence[str]) -> None:
+    """Remove the nodes and initializers that none of the outputs is computed from."""
+    needed, kept = set(outputs), []
+    for node in reversed(model.graph.node):  # a graph's order is topological
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    model.graph.ClearField("node")
+    model.graph.ClearField("initializer")
+    model.graph.node.extend(reversed(kept))
+    model.graph.initializer.extend(tensors)
 
-    Its outputs are three scalars for each of the layers whose names are returned: the sums of
-    squares of the float output, of the lone layer's difference to it, and of the network's.
+
+def probe_layers(
+    float_proto: ModelProto, quantized_proto: ModelProto
+) -> tuple[ModelProto, list[LayerTensors]]:
+    """Return a graph with both networks, and each quantized layer alone on float activations.
+
+        the float network     float_input ─┬─ Conv ─ float_output
+        each layer alone                   └─ Q ─ DQ ─ lone_input ─ Conv ─ lone_output
+        the quantized one     ............... Q ─ DQ ─ net_input ── Conv ─ net_output
+
+    The quantized convolutions are in the graph's order. The graph has no outputs: add nodes that
+    read these tensors, and have `run_probe` run it. Constants of the quantized file have `q/`
+    before their names. Raises UsageError where the second file was not made from the first one.
     """
-    from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+    from onnx import ModelProto, TensorProto, helper
 
     probe = ModelProto()
     probe.CopyFrom(float_proto)
@@ -144,6 +225,10 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
         copy.output[:] = [prefix + name if name else "" for name in node.output]
         return copy
 
+    def cast(tensor: str, result: str, kind: int) -> str:
+        graph.node.append(helper.make_node("Cast", [tensor], [result], f"{result}_node", to=kind))
+        return result
+
     graph.ClearField("output")
     graph.ClearField("value_info")
     for tensor in quantized.graph.initializer:
@@ -154,12 +239,11 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
     shared = {entry}
     if (kind := quantized.graph.input[0].type.tensor_type.elem_type) in halves:
         shared = set()
-        cast = helper.make_node("Cast", [entry], [f"q/{entry}"], f"q/{entry}_node", to=kind)
-        graph.node.append(cast)
+        cast(entry, f"q/{entry}", kind)
     for node in list(quantized.graph.node):
         graph.node.append(prefixed(node, "q/", shared))
 
-    names = []
+    layers = []
     for node in quantized.graph.node:
         pair = index.producer(node.input[0], DEQUANTIZE) if node.op_type == "Conv" else None
         quantize = pair and index.producer(pair.input[0], QUANTIZE)
@@ -173,49 +257,48 @@ def _probe(float_proto: ModelProto, quantized_proto: ModelProto) -> tuple[ModelP
                 f"the convolution {node.name} of the quantized file is not in the float file; "
                 "give the file that it was made from"
             )
-        names.append(node.name)
         # the layer alone: float activation -> the pair's parameters -> the quantized convolution
         alone = f"alone/{node.name}/"
-        want = floats[node.name].output[0]
-        start = source
-        if half:
-            start = f"{alone}half"
-            cast = helper.make_node("Cast", [source], [start], f"{start}_node")
-            cast.attribute.append(helper.make_attribute("to", half))
-            graph.node.append(cast)
-        values = f"{alone}values"
-        graph.node.extend(
-            [
-                _with_inputs(quantize, [start, *(f"q/{i}" for i in quantize.input[1:])],
-                             f"{alone}integers"),
-                _with_inputs(pair, [f"{alone}integers", *(f"q/{i}" for i in pair.input[1:])],
-                             values),
-                _with_inputs(node, [values, *(f"q/{i}" for i in node.input[1:])], f"{alone}got"),
-            ]
-        )  # fmt: skip
-        for got in (f"{alone}got", f"q/{node.output[0]}"):
-            if half:
-                cast = helper.make_node("Cast", [got], [f"{got}/float"], f"{got}/float_node")
-                cast.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
-                graph.node.append(cast)
-        ends = "/float" if half else ""
-        for end, terms in (
-            ("signal", [want]),
-            ("own", [f"{alone}got{ends}", want]),
-            ("noise", [f"q/{node.output[0]}{ends}", want]),
+        start = cast(source, f"{alone}half", half) if half else source
+        integers, values, got = (f"{alone}{end}" for end in ("integers", "values", "got"))
+        for part, inputs, output in (
+            (quantize, [start, *(f"q/{i}" for i in quantize.input[1:])], integers),
+            (pair, [integers, *(f"q/{i}" for i in pair.input[1:])], values),
+            (node, [values, *(f"q/{i}" for i in node.input[1:])], got),
         ):
-            summand = terms[0]
-            if len(terms) == 2:
-                summand = f"{alone}{end}/difference"
-                graph.node.append(helper.make_node("Sub", terms, [summand], f"{summand}_node"))
-            total = f"{alone}{end}"
-            graph.node.append(
-                helper.make_node("ReduceSumSquare", [summand], [total], f"{total}_node", keepdims=0)
+            graph.node.append(_with_inputs(part, inputs, output))
+        found = [values, got, f"q/{node.input[0]}", f"q/{node.output[0]}"]
+        if half:
+            ends = ("input", "output", "net_input", "net_output")
+            found = [
+                cast(name, f"{alone}float_{end}", TensorProto.FLOAT)
+                for name, end in zip(found, ends, strict=True)
+            ]
+        layers.append(
+            LayerTensors(
+                name=node.name,
+                float_input=source,
+                float_output=floats[node.name].output[0],
+                lone_input=found[0],
+                lone_output=found[1],
+                net_input=found[2],
+                net_output=found[3],
             )
-            graph.output.append(ValueInfoProto(name=total))  # the type is inferred
-    if not names:
+        )
+    if not layers:
         raise UsageError("the second file has no quantized convolution; give a Q/DQ file")
-    return probe, names
+    return probe, layers
+
+
+def refuse_halves(quantized_proto: ModelProto) -> None:
+    """Raise UsageError for a 16-bit twin of an 8-bit file, whose scales are rounded."""
+    from onnx import TensorProto
+
+    halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    if any(tensor.data_type in halves for tensor in quantized_proto.graph.initializer):
+        raise UsageError(
+            "the quantized file holds 16-bit floats; give the 8-bit file that it was made from"
+        )
 
 
 def _with_inputs(node: NodeProto, inputs: list[str], output: str) -> NodeProto:
@@ -228,7 +311,7 @@ def _with_inputs(node: NodeProto, inputs: list[str], output: str) -> NodeProto:
     return copy
 
 
-def _name_after_output(nodes: list[NodeProto]) -> None:
+def _name_after_output(nodes: Iterable[NodeProto]) -> None:
     """Give nodes without a name the one that `quantize` gives them."""
     for node in nodes:
         node.name = node.name or node.output[0]

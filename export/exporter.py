@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from litezoo.models.errors import (
     LitezooError,
     MissingError,
     UsageError,
+    unknown_name,
 )
 from litezoo.models.files import file_sha256, write_whole
 from litezoo.models.fuse import Fused, fuse_with_report, graph_form, hold_dead
@@ -43,6 +45,7 @@ from .artifact import (
 )
 from .embed import embed_preprocess
 from .int8_risk import int8_risk, small_shape
+from .ladder import STAGES, Stage
 from .limits import Finding, check_limits
 from .open_resolution import check_open_resolution, free_of_size
 from .parity import (
@@ -61,6 +64,7 @@ from .request import (
     form_of,
     in_parts,
     one_size,
+    repeat_to,
     wanted_engines,
 )
 from .runtime import Array, BuildSource, Objective, Session, check_size, get_runtime
@@ -68,12 +72,10 @@ from .source import Source, load_source, logits_of, probe_images
 from .to_half import IoType, read_io
 from .to_onnx import INPUT, OUTPUT, export_onnx, load_onnx, simplify_onnx
 from .tune import fastest_first
-from .typed import Typed, tolerance_of, typed_onnx
+from .typed import Typed, float_form, tolerance_of, typed_onnx
 from .validation import Validation, good_engines, good_forms, least_right_layers
 from .whole_folder import check_replaceable, whole_folder
-
-if TYPE_CHECKING:
-    pass
+from .worth import float_rivals, timed_rungs, verdict, with_engines_times
 
 __all__ = ["EngineRequest", "check", "export"]
 
@@ -94,6 +96,7 @@ def export(
     calibration: str | None = None,
     keep_float: Sequence[str] = (),
     max_drop: float = 0.5,
+    last_rung: Stage | None = None,
     accuracy_images: int = 2000,
     objective: Objective = "latency",
     batch: int = 1,
@@ -120,6 +123,8 @@ def export(
             default: the training images of the data that the weights were trained on.
         keep_float: names of ONNX nodes that int8 leaves in float.
         max_drop: most points of top-1 that a reduced precision may lose on the validation images.
+        last_rung: how far int8 climbs to keep them (see ladder.py); default: to the top, "qat",
+            where int8 is asked for by name, else to "float-layers", before anything is trained.
         accuracy_images: most validation images to compare top-1 on.
         objective: what the engines are tuned for, at batch size `batch`.
         batch: batch size at which `rank` compares the engines.
@@ -142,11 +147,14 @@ def export(
     request = Request(
         device=target, precisions=target.select_precisions(precision), is_auto=precision == "auto",
         calibration=calibration, keep_float=tuple(keep_float), max_drop=max_drop,
+        last_rung=last_rung or ("float-layers" if precision == "auto" else "qat"),
         accuracy_images=accuracy_images, objective=objective, batch=batch, threads=threads,
         dynamic_resolution=dynamic_resolution, io=io,
     )  # fmt: skip
     if dynamic_resolution:
         check_open_resolution(request)
+    if request.last_rung not in STAGES:
+        raise unknown_name("rung", request.last_rung, STAGES)
     check_io(request, embed=embed)
     spec = get_spec(model)
     if accuracy_images < 1 or batch < 1:
@@ -201,8 +209,8 @@ def export(
         if source.data is not None and is_real:
             validation = Validation(source.data, source.preprocess, deploy, accuracy_images)
         typed = typed_onnx(
-            deploy, images, expected, second, source, request, validation, rank, not_built,
-            progress,
+            deploy, images, expected, second, source, request, validation, rank, train_form,
+            not_built, progress,
         )  # fmt: skip
         accuracies: dict[str, Accuracy] = {}
         if validation is not None:
@@ -239,6 +247,13 @@ def export(
         if rank is not None and is_here and len(engines) > 1:
             progress("measuring the speed of the engines")
             engines = fastest_first(folder, engines, sessions, images, request, rank, progress)
+        rungs = with_engines_times(typed.rungs, engines, request)
+        if rank is not None and is_here and any(rung.refused for rung in rungs):
+            progress(f"measuring the speed of {len(rungs)} rungs")
+            rungs = timed_rungs(typed.rungs, images, request, rank)
+        worth = None
+        if rank is not None and is_here:
+            worth = _worth(engines, sessions, build, images, typed, request, rank, progress)
         used = {file for engine in engines for file in engine.files} | {*onnx_files.values()}
         for file in folder.iterdir():  # what no engine that was kept is made of
             if file.name not in used | {EXPECTED, GOLDEN}:
@@ -269,11 +284,12 @@ def export(
             if (ends := read_io(proto)) != "fp32":
                 notes.append(f"inputs and outputs of {onnx_files[form]} are {ends}")
         if engines and not is_here:
-            notes.append(f"speed not measured: this machine is no {target.title}")
+            notes.append(f"speed not measured: this machine is not {target.title}")
         if typed.calibration is not None:
-            notes.append(f"int8 calibrated on {typed.calibration.source}, ranges by minmax")
+            notes.append(f"int8 calibrated on {typed.calibration.source}")
             if validation is not None:
                 notes += least_right_layers(typed)
+        notes += [worth] if worth else []
         artifact = Artifact(
             model=spec.name,
             weights=source.weights,
@@ -295,6 +311,7 @@ def export(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             onnx_accuracy=accuracies,
             dynamic_resolution=dynamic_resolution,
+            ladder=rungs,
         )
         write_whole(folder / MANIFEST, artifact.to_json())
     return artifact
@@ -403,6 +420,38 @@ def _build_engines(
             )
         )
     return tuple(engines), sessions
+
+
+def _worth(
+    engines: Sequence[Engine],
+    sessions: Mapping[str, Session],
+    build: BuildSource,
+    images: Array,
+    typed: Typed,
+    request: Request,
+    rank: Ranker,
+    progress: Callable[[str], None],
+) -> str | None:
+    """Return whether int8 is worth it here; float engines that were not asked for are measured."""
+    if not any(engine.precision.startswith("int8") for engine in engines):
+        return None
+    times = {engine.label: engine.ms_per_batch for engine in engines}
+    known = {label: ms for label, ms in times.items() if ms is not None}
+    if len(known) < len(times) or all(e.precision.startswith("int8") for e in engines):
+        progress("measuring int8 beside float engines")
+        with TemporaryDirectory() as scratch:
+
+            def file_of(form: str) -> Path:
+                if form in build.onnx:
+                    return build.onnx[form]
+                file = Path(scratch) / f"model.{form}.onnx"
+                write_whole(file, float_form(typed.fp32, form, request).SerializeToString())
+                return file
+
+            rivals = float_rivals(engines, file_of, images, request, Path(scratch))
+            own = {engine.label: sessions[engine.label] for engine in engines}
+            known = dict(rank({**rivals, **own}, repeat_to(images, request.batch)))
+    return verdict(known, request.device.name)
 
 
 def _write_kit(

@@ -11,6 +11,7 @@ import numpy as np
 from litezoo.models.errors import LitezooError, UsageError, unknown_name
 from litezoo.recipes.devices import Device
 
+from .ladder import Stage
 from .parity import BATCHES
 from .runtime import Array, Objective, Runtime, Session, get_runtime
 from .to_half import IoType
@@ -47,6 +48,7 @@ class Request:
     threads: int | None
     dynamic_resolution: bool
     io: IoType
+    last_rung: Stage = "qat"
     refused: list[LitezooError] = field(default_factory=list, repr=False)
 
     def refuse(self, label: str, error: LitezooError, not_built: dict[str, str]) -> None:

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["Form", "Method", "calibrate", "convolutions", "quantize", "quantize_weight"]
 
 Form = Literal["int8", "int8-u8", "int8-u8s8"]
-#: How an activation's range follows from the images: all of it, 99.9 % of it, least squared error.
-Method = Literal["minmax", "percentile", "mse"]
+#: How an activation's range follows from the images: all of it, 99.9 % of it, least squared error,
+#: least divergence of its distribution.
+Method = Literal["minmax", "percentile", "mse", "entropy"]
 
 _PERCENTILE = 99.9
 _BINS = 2048
@@ -58,6 +59,7 @@ def quantize(
     method: Method = "minmax",
     keep_float: Collection[str] = (),
     weight_bits: Literal[7, 8] = 8,
+    rounded: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> ModelProto:
     """Return an 8-bit copy of a float32 model.
 
@@ -69,8 +71,11 @@ def quantize(
         method: how activation ranges are found.
         keep_float: names of convolutions (see `convolutions`) that are left in float.
         weight_bits: 7 for x86 CPUs without VNNI, whose 16-bit sums of uint8 x int8 overflow.
+        rounded: integers in place of the nearest, by the name of the float weight, of its shape and
+            at the same scales, as `adaround` gives them. Other weights go to the nearest.
 
-    Raises UsageError for unknown names and unusable images, CheckFailed where activations are not
+    Raises UsageError for unknown names, unusable images and integers that are not a rounding of
+    their weight, CheckFailed where activations are not
     finite or the result breaks TensorRT's rules.
     """
     require("onnx", purpose="export", extra="export")
@@ -87,16 +92,18 @@ def quantize(
     chosen = [name for name in known if name not in set(keep_float)]
     if not chosen:
         raise UsageError("nothing is left to quantize: all convolutions stay float; export fp16")
-    batches = _batches(calibration)
+    batches = image_batches(calibration)
+    rounded = rounded or {}
+    _check_rounded(proto, chosen, rounded)
 
     model = type(proto)()
     model.CopyFrom(proto)
     _name_nodes(model)
     if form in ("int8", "int8-u8"):
         unsigned = form == "int8-u8"
-        model = _fused(model, batches, chosen, per_channel, method, weight_bits, unsigned)
+        model = _fused(model, batches, chosen, per_channel, method, weight_bits, unsigned, rounded)
     else:
-        model = _everywhere(model, batches, chosen, per_channel, method, weight_bits)
+        model = _everywhere(model, batches, chosen, per_channel, method, weight_bits, rounded)
     _finish(
         model,
         proto,
@@ -107,6 +114,7 @@ def quantize(
             "per_channel": per_channel,
             "weight_bits": weight_bits,
             "keep_float": sorted(keep_float),
+            "rounding": "adaround" if rounded else "nearest",
         },
     )
     if form == "int8":
@@ -150,8 +158,51 @@ def quantize_weight(
     return integers, np.asarray(scale)
 
 
-def _batches(calibration: Iterable[Array] | Array) -> list[Array]:
-    """Return calibration images as batches of at most `_AT_ONCE`, all checked."""
+def _check_rounded(
+    proto: ModelProto, chosen: Collection[str], rounded: Mapping[str, NDArray[np.int8]]
+) -> None:
+    """Refuse integers of what is no weight of a `chosen` convolution, or not of its shape."""
+    names = set(chosen)
+    read = {
+        node.input[1]
+        for node in proto.graph.node
+        if node.op_type == "Conv" and (node.name or node.output[0]) in names
+    }
+    shapes = {t.name: tuple(t.dims) for t in proto.graph.initializer if t.name in read}
+    for name, integers in rounded.items():
+        if name not in shapes:
+            raise unknown_name("weight", name, shapes, see="the float file's 8-bit convolutions")
+        if integers.dtype != np.int8 or integers.shape != shapes[name]:
+            raise UsageError(
+                f"the rounded weight {name} is {integers.dtype} of shape {integers.shape}; give "
+                f"int8 of shape {shapes[name]}"
+            )
+
+
+def _rounded_weight(
+    name: str,
+    weight: Array,
+    scale: NDArray[np.generic],
+    rounded: Mapping[str, NDArray[np.int8]],
+    largest: int,
+) -> NDArray[np.int8] | None:
+    """Return the integers that are given for a weight, None without; `scale` is () or (out,)."""
+    integers = rounded.get(name)
+    if integers is None:
+        return None
+    steps = weight / scale.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
+    off = float(np.abs(integers - steps).max(initial=0.0))
+    reach = int(np.abs(integers.astype(np.int64)).max(initial=0))
+    if off > 1.001 or reach > largest:  # float32 scales
+        raise UsageError(
+            f"the rounded weight {name} is up to {off:.3g} steps from the float weight and reaches "
+            f"{reach} of {largest}; it is of another network or other scales: round it anew"
+        )
+    return integers
+
+
+def image_batches(calibration: Iterable[Array] | Array) -> list[Array]:
+    """Return images (N, C, H, W), or batches of them, in checked batches of at most `_AT_ONCE`."""
     given = [calibration] if isinstance(calibration, np.ndarray) else list(calibration)
     batches = []
     for batch in given:
@@ -205,13 +256,13 @@ def calibrate(
 ) -> dict[str, Range]:
     """Return the range of each tensor of a float32 model over batches (N, C, H, W).
 
-    "percentile" and "mse" go over the batches twice and may cut the range at a magnitude, never
-    widen it; `levels` is the number of steps of a tensor with both signs, on each side.
-    Kept are running extremes and histograms, and one image's activations at a time.
+    All but "minmax" go over the batches twice and may cut the range at a magnitude, never widen
+    it; `levels` is the number of steps of a tensor with both signs, on each side. Kept are running
+    extremes and histograms, and one image's activations at a time.
     """
     batches = list(batches)
     ranges: dict[str, Range] = {}
-    for extremes in _run(proto, batches, _extremes(tensors)):
+    for extremes in run_probes(proto, batches, _extremes(tensors)):
         for name in tensors:
             low, high = (float(extremes[f"calibrate/{name}/{end}"]) for end in ("Min", "Max"))
             if not np.isfinite((low, high)).all():
@@ -226,7 +277,7 @@ def calibrate(
     counts = {name: np.zeros(_BINS) for name in ranges}
     reach = {name: max(abs(low), abs(high)) for name, (low, high) in ranges.items()}
     singles = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
-    for magnitudes in _run(proto, singles, _magnitudes(tensors)):
+    for magnitudes in run_probes(proto, singles, _magnitudes(tensors)):
         for name in tensors:
             if reach[name] > 0:
                 values = magnitudes[f"calibrate/{name}/Abs"]
@@ -234,8 +285,7 @@ def calibrate(
     for name, (low, high) in ranges.items():
         if reach[name] > 0:
             steps = levels * 2 if low >= 0 and levels > 127 else levels
-            share = _percentile if method == "percentile" else _least_error
-            cut = reach[name] * share(counts[name], steps)
+            cut = reach[name] * _SHARES[method](counts[name], steps)
             ranges[name] = max(low, -cut), min(high, cut)
     return ranges
 
@@ -257,7 +307,7 @@ def _magnitudes(tensors: Collection[str]) -> list[NodeProto]:
     return [helper.make_node("Abs", [name], [f"calibrate/{name}/Abs"]) for name in tensors]
 
 
-def _run(
+def run_probes(
     proto: ModelProto, batches: Iterable[Array], nodes: Sequence[NodeProto]
 ) -> Iterator[dict[str, Array]]:
     """Yield what `nodes`, put behind the model's, give on each batch."""
@@ -293,6 +343,46 @@ def _least_error(counts: NDArray[np.float64], levels: int) -> float:
         rounded = np.minimum(np.rint(middles / step), levels) * step
         errors.append(float(counts @ (rounded - middles) ** 2))
     return float(shares[int(np.argmin(errors))])
+
+
+def _least_divergence(counts: NDArray[np.float64], levels: int) -> float:
+    """Return the share of the range with the least Kullback-Leibler divergence, as TensorRT does.
+
+    Migacz, 8-bit Inference with TensorRT, GTC 2017. Of every number of bins from the levels on: the
+    reference P are these bins with all that lies beyond added to the last, the candidate Q the same
+    bins without it, summed into as many groups as there are levels, each spread evenly over its
+    bins that are not empty. Zeros, of which ReLU makes many, are exact at any scale and are left
+    out: the first bin counts as much as the second (as in NVIDIA's pytorch-quantization).
+    """
+    groups = max(levels, 128)  # 127 steps and 0
+    bins = counts.copy()
+    bins[0] = bins[1]
+    if not bins.any():
+        return 1.0
+    kept = np.arange(groups, _BINS + 1)
+    edges = -(-np.arange(groups + 1) * kept[:, None] // groups)  # (candidates, groups + 1)
+    mass = np.concatenate([[0.0], np.cumsum(bins)])
+    full = np.concatenate([[0], np.cumsum(bins > 0)])
+    total, sums, filled = mass[-1], np.diff(mass[edges]), np.diff(full[edges])
+    beyond = total - mass[kept]
+    own = np.concatenate([[0.0], np.cumsum(_x_log_x(bins))])
+    last = bins[kept - 1]
+    height = np.log(np.where(sums > 0, sums, 1.0) / np.maximum(filled, 1))
+    reference = own[kept - 1] + _x_log_x(last + beyond)
+    cross = np.sum(sums * height, 1) + beyond * height[:, -1]
+    with np.errstate(divide="ignore"):
+        divergence = (reference - cross) / total - np.log(total) + np.log(mass[kept])
+    divergence[(last == 0) & (beyond > 0)] = np.inf  # P has what Q has not
+    best = np.flatnonzero(divergence <= divergence.min() + 1e-12)[-1]
+    return float(kept[best]) / _BINS
+
+
+def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = x * np.log(np.where(x > 0, x, 1.0))
+    return result
+
+
+_SHARES = {"percentile": _percentile, "mse": _least_error, "entropy": _least_divergence}
 
 
 # ------------------------------------------------------------------------------- int8, int8-u8
@@ -376,6 +466,7 @@ def _fused(
     method: Method,
     weight_bits: int,
     unsigned: bool,
+    rounded: Mapping[str, NDArray[np.int8]],
 ) -> ModelProto:
     """Insert pairs where TensorRT fuses them; `unsigned` activations are uint8."""
     from onnx import helper, numpy_helper
@@ -406,9 +497,12 @@ def _fused(
         if name not in weights:
             weight = numpy_helper.to_array(index.initializers[name])
             integers, scale, zero = (f"{name}_{end}" for end in ("int8", "scale", "zero_point"))
-            added[integers], added[scale] = quantize_weight(
+            nearest, added[scale] = quantize_weight(
                 weight, per_channel=per_channel, bits=weight_bits
             )
+            most = 2 ** (weight_bits - 1) - 1
+            given = _rounded_weight(name, weight, added[scale], rounded, most)
+            added[integers] = nearest if given is None else given
             added[zero] = np.zeros(added[scale].shape, np.int8)
             values = f"{name}_dequantized"
             weights[name] = helper.make_node(
@@ -469,6 +563,7 @@ def _everywhere(
     per_channel: bool,
     method: Method,
     weight_bits: int,
+    rounded: Mapping[str, NDArray[np.int8]],
 ) -> ModelProto:
     """Run ONNX Runtime's quantizer (the half of `quantize_static` behind calibration)."""
     require("onnxruntime", purpose="quantization", extra="export")
@@ -478,6 +573,7 @@ def _everywhere(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
+    source = model  # the quantizer drops weights from the copy that it is given
     model = shape_inference.infer_shapes(model)
     graph = model.graph
     index = GraphIndex(graph)
@@ -518,4 +614,26 @@ def _everywhere(
     finally:
         logging.getLogger().setLevel(level)
     quantized: ModelProto = quantizer.model.model
+    _put_rounded(quantized, source, rounded, 2 ** (weight_bits - 1) - (weight_bits == 8))
     return quantized
+
+
+def _put_rounded(
+    quantized: ModelProto, source: ModelProto, rounded: Mapping[str, NDArray[np.int8]], largest: int
+) -> None:
+    """Write the given integers over those of ONNX Runtime's quantizer, whose scales remain."""
+    from onnx import numpy_helper
+
+    floats = GraphIndex(source.graph)
+    weights = {node.name: node.input[1] for node in source.graph.node if node.op_type == "Conv"}
+    index = GraphIndex(quantized.graph)
+    for node in quantized.graph.node:
+        name = weights.get(node.name, "")
+        pair = index.producer(node.input[1], DEQUANTIZE) if name in rounded else None
+        if pair is not None:
+            weight = numpy_helper.to_array(floats.initializers[name])
+            scale = numpy_helper.to_array(index.initializers[pair.input[1]])
+            integers = _rounded_weight(name, weight, scale, rounded, largest)
+            assert integers is not None
+            tensor = index.initializers[pair.input[0]]
+            tensor.CopyFrom(numpy_helper.from_array(integers, tensor.name))

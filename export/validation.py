@@ -111,7 +111,8 @@ def least_right_layers(typed: Typed) -> list[str]:
     sentences = []
     for form, proto in typed.protos.items():
         if form.startswith("int8") and typed.calibration is not None:
-            layers = worst_layers(typed.fp32, proto, typed.calibration.images[:32], most=3)
+            base = typed.floats.get(form, typed.fp32)
+            layers = worst_layers(base, proto, typed.calibration.images[:32], most=3)
             names = ", ".join(f"{layer.name} ({layer.snr_db:.0f} dB)" for layer in layers)
             sentences.append(f"the least right layers of onnx {form} are {names}")
     return sentences
@@ -126,7 +127,8 @@ def _loss(label: str, accuracy: Accuracy, form: str | None, typed: Typed, reques
     )
     if form is None or not form.startswith("int8") or typed.calibration is None:
         return text
-    layers = worst_layers(typed.fp32, typed.protos[form], typed.calibration.images[:64], most=4)
+    base = typed.floats.get(form, typed.fp32)
+    layers = worst_layers(base, typed.protos[form], typed.calibration.images[:64], most=4)
     names = " ".join(layer.name for layer in layers)
     worst = layers[0]
     return f"{text}; worst layer {worst.name} ({worst.snr_db:.0f} dB); try --keep-float {names}"

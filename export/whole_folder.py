@@ -60,7 +60,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 os.replace(old, out)
             shutil.rmtree(scratch, ignore_errors=True)
             if isinstance(error, CheckFailed):
-                raise CheckFailed(f"{error}; nothing was written") from error
+                error.args = (f"{error}; nothing was written",)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise MissingError(
                     f"the disk of {out.parent} is full; nothing was written"

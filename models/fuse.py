@@ -44,10 +44,12 @@ __all__ = [
     "Fused",
     "FusedBlock",
     "Kernel",
+    "cure_dead",
     "fold_bn",
     "fold_conv_bn",
     "fuse",
     "fuse_with_report",
+    "fused_state",
     "graph_form",
     "hold_dead",
     "identity_kernel",
@@ -158,6 +160,13 @@ class FusableBlock(nn.Module, ABC):
     @abstractmethod
     def fused(self) -> DeployBlock:
         """Return the deploy form as a new module that shares no parameter with this one."""
+
+    def kernel(self) -> Kernel:
+        """Return the numbers of the convolution `conv` of the deploy form; gradients go through."""
+        raise UsageError(
+            f"{type(self).__name__} says no kernel(), which its deploy form is trained through; "
+            "fuse the network and train that"
+        )
 
 
 class DeployBlock(nn.Sequential):
@@ -386,13 +395,33 @@ def hold_dead(model: nn.Module, dead: Iterable[DeadChannels]) -> nn.Module:
     What `fuse_with_report(model)` made equals it on any images, on noise too; `dead` is its report.
     """
     twin = copy.deepcopy(model).eval()
+    for branch, channels in _cured(twin, dead):
+        _hold(branch, channels)
+    return twin
+
+
+def cure_dead(model: nn.Module, dead: Iterable[DeadChannels]) -> nn.Module:
+    """Return a copy of a train-form model whose BatchNorms are those that were fused.
+
+    Its cured channels have the weight 0 and their constant in the bias. What
+    `fuse_with_report(model)` made equals it on any images; `dead` is its report.
+    """
+    twin = copy.deepcopy(model)
+    for branch, channels in _cured(twin, dead):
+        _cure(branch, channels)
+    return twin
+
+
+def _cured(
+    model: nn.Module, dead: Iterable[DeadChannels]
+) -> Iterator[tuple[nn.BatchNorm2d, _Dead]]:
+    """Yield the BatchNorms of `model` that a report has cured channels of, with these."""
     for row in dead:
-        branch = twin.get_submodule(row.branch)
+        branch = model.get_submodule(row.branch)
         assert isinstance(branch, nn.BatchNorm2d)
         if row.is_cured:
             constants = torch.tensor(row.constants, dtype=torch.float64)
-            _hold(branch, _Dead(torch.tensor(row.channels), constants))
-    return twin
+            yield branch, _Dead(torch.tensor(row.channels), constants)
 
 
 def _hold(bn: nn.BatchNorm2d, dead: _Dead) -> None:
@@ -495,3 +524,20 @@ def fuse(
     is suspect. `cure=False` leaves all as they are; `fuse_with_report(...).dead` tells all.
     """
     return fuse_with_report(model, cure=cure, images=images).model
+
+
+def fused_state(model: nn.Module, deploy: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers of the deploy form as functions of the train form's.
+
+    For `torch.func.functional_call(deploy, ...)`: what is computed has gradients with respect to
+    the parameters of `model`, by the BatchNorm statistics that it has. `deploy` is what
+    `fuse(model)` made and may lie on the meta device: its names and dtypes count, not its numbers.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in deploy.named_modules():
+        block = model.get_submodule(name) if isinstance(module, DeployBlock) else None
+        if isinstance(block, FusableBlock):
+            kernel, conv = block.kernel(), f"{name}.conv".removeprefix(".")
+            state |= {f"{conv}.weight": kernel.weight, f"{conv}.bias": kernel.bias}
+    wanted = {**dict(deploy.named_parameters()), **dict(deploy.named_buffers())}
+    return {name: state[name].to(value.dtype) for name, value in wanted.items()}

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import ImageClassifier, NeckHead
-from .fuse import DeployBlock, FusableBlock
+from .fuse import DeployBlock, FusableBlock, Kernel
 from .layers import Activation, ConvBN, SqueezeExcite, relu
 
 __all__ = ["KEY_LAYOUTS", "GhostBottleneck", "GhostModule", "GhostNet"]
@@ -86,6 +86,11 @@ class StemConv(FusableBlock):
         """Return the convolution, without BatchNorm or activation."""
         y: Tensor = self.conv(x)
         return y
+
+    def kernel(self) -> Kernel:
+        """Return the convolution, which has no bias, as numbers."""
+        weight = self.conv.weight.double()
+        return Kernel(weight, weight.new_zeros(len(weight)))
 
     def fused(self) -> DeployBlock:
         """Return a copy of the convolution."""

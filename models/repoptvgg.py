@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from .classifier import ImageClassifier
 from .errors import UsageError
-from .fuse import DeployBlock, FusableBlock
+from .fuse import DeployBlock, FusableBlock, Kernel, fold_bn, identity_kernel
 from .layers import ConvBN, relu
 from .layouts import STAGES_0_TO_4
 from .repvgg import create_body
@@ -184,6 +184,18 @@ class CSLABlock(FusableBlock):
         layer.conv.weight.copy_(kernel)
         layer.bn = copy.deepcopy(self.bn)
         return layer.train(self.training)
+
+    def kernel(self) -> Kernel:
+        """Return the sum of the scaled branches and the BatchNorm behind it as one 3x3 kernel."""
+        conv = self.branch_3x3
+        weight = conv.weight.double()
+        weight = weight * _as_map(self.scale_3x3, weight)
+        pointwise = self.branch_1x1.weight.double() * _as_map(self.scale_1x1, weight)
+        weight = weight + F.pad(pointwise, (1, 1, 1, 1))
+        if self.identity is not None:
+            plain = identity_kernel(conv.in_channels, groups=1, size=3, device=weight.device)
+            weight = weight + plain * _as_map(self.identity, weight)
+        return fold_bn(weight, self.bn)
 
     def fused(self) -> DeployBlock:
         """Return convolution, ReLU."""

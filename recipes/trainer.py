@@ -321,7 +321,11 @@ class ClassifierModule(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits of the evaluated network."""
-        logits: Tensor = self.evaluated(images.contiguous(memory_format=self.layout))
+        return self.logits_of(self.evaluated, images)
+
+    def logits_of(self, net: nn.Module, images: Tensor) -> Tensor:
+        """Return what the trained or the evaluated network says of images, as it is."""
+        logits: Tensor = net(images.contiguous(memory_format=self.layout))
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -331,8 +335,7 @@ class ClassifierModule(pl.LightningModule):
             images, targets = self.mixup(images, targets)
         elif self.mixup is not None:
             targets = nn.functional.one_hot(targets, self.mixup.num_classes).to(images.dtype)
-        logits = self.net(images.contiguous(memory_format=self.layout))
-        loss: Tensor = self.train_loss(logits, targets)
+        loss: Tensor = self.train_loss(self.logits_of(self.net, images), targets)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         if self.custom_l2:
             loss = loss + 0.5 * self.optimizer_config.weight_decay * custom_l2(self.net)
@@ -425,7 +428,8 @@ class ClassifierModule(pl.LightningModule):
 class _EpochLine(Callback):
     """One line an epoch, and how many training images a second went through."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self.rates: list[float] = []
         self._started = 0.0
         self._rate = 0.0
@@ -449,14 +453,16 @@ class _EpochLine(Callback):
         pl_module.log("train/images_per_s", rate)
         metrics = trainer.callback_metrics
         loss, top1 = metrics.get("train/loss"), metrics.get("val/top1")
-        print(
+        self._say(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             + (f"  loss {float(loss):.4f}" if loss is not None else "")
             + (f"  val top-1 {100 * float(top1):.2f} %" if top1 is not None else "")
-            + f"  {rate:.0f} img/s",
-            file=sys.stderr,
-            flush=True,
+            + f"  {rate:.0f} img/s"
         )
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +521,7 @@ def train(
     overrides: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
     module: type[ClassifierModule] = ClassifierModule,
+    say: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a model by a recipe and return what came of it.
 
@@ -527,6 +534,7 @@ def train(
         overrides: LightningCLI arguments, such as --trainer.max_epochs=3.
         progress: called with what is trained, before the work begins.
         module: what is trained, where it is not the classifier as it is.
+        say: called with a line an epoch; None prints it on standard error, and bars on a terminal.
     """
     _quiet()
     started = time.perf_counter()
@@ -552,14 +560,15 @@ def train(
         dirpath=folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
-    lines = _EpochLine()
-    bars = [RichProgressBar()] if sys.stderr.isatty() else []
+    lines = _EpochLine(say or _on_stderr)
+    has_bars = say is None and sys.stderr.isatty()
+    bars = [RichProgressBar()] if has_bars else []
     cli = _create_cli(
         model,
         [f"--config={config}", *arguments, *overrides],
         trainer_defaults={
             "callbacks": [best, last, lines, *bars],
-            "enable_progress_bar": sys.stderr.isatty(),
+            "enable_progress_bar": has_bars,
             "enable_model_summary": False,
             "default_root_dir": str(folder),
         },

@@ -119,7 +119,8 @@ def settle(model):
         norm.momentum = 1.0
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(0.5, 0.2)  # most of each ReLU is open: little chaos
-    model.train()(images(16, 3, 64, 64, seed=1))
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    model.train()(images(16, channels, 64, 64, seed=1))
     for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
         norm.momentum = momentum
         hook.remove()

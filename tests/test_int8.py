@@ -1,5 +1,6 @@
 """8-bit ONNX: what is written, where its pairs stand, what runtimes make of it, how far off."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -15,6 +16,7 @@ from onnx import TensorProto, checker, helper, numpy_helper
 from onnx.parser import parse_model
 from test_models import shallow_small
 
+from litezoo.export import to_int8
 from litezoo.export.compare import compare_logits, snr_db, worst_layers
 from litezoo.export.qdq_lint import RULES, check_lint, lint
 from litezoo.export.to_half import HALVES, emulate_bf16, to_half
@@ -439,7 +441,7 @@ def test_a_percentile_cuts_a_lone_outlier_and_least_error_weighs_it():
 @given(
     seed=st.integers(0, 2**32 - 1),
     power=st.floats(0.5, 3),
-    method=st.sampled_from(["percentile", "mse"]),
+    method=st.sampled_from(["percentile", "mse", "entropy"]),
 )
 @settings(max_examples=10, deadline=None)
 def test_no_method_widens_a_range(seed, power, method):
@@ -770,6 +772,90 @@ def test_files_that_do_not_belong_together_are_refused():
         worst_layers(other, small_int8(), SMALL_IMAGES)
     with pytest.raises(UsageError, match=r"images have shape \(3, 16, 16\)"):
         worst_layers(small_file(), small_int8(), SMALL_IMAGES[0])
+
+
+# ------------------------------------------------------------------------------- KL divergence
+
+
+def divergence(counts, kept, groups):
+    """Return KL(P || Q) of the first `kept` bins, written out as TensorRT describes it."""
+    reference = counts[:kept].copy()
+    reference[-1] += counts[kept:].sum()
+    candidate = np.zeros(kept)
+    edges = [math.ceil(i * kept / groups) for i in range(groups + 1)]
+    for start, end in itertools.pairwise(edges):
+        filled = counts[start:end] > 0
+        if filled.any():
+            candidate[start:end] = np.where(filled, counts[start:end].sum() / filled.sum(), 0)
+    p, q = reference / reference.sum(), candidate / candidate.sum()
+    if np.any((p > 0) & (q == 0)):
+        return math.inf
+    where = p > 0
+    return float(np.sum(p[where] * np.log(p[where] / q[where])))
+
+
+@pytest.mark.parametrize("tail", [0, 3, 40])
+def test_the_least_divergence_is_the_one_written_out(tail):
+    random = np.random.default_rng(tail)
+    values = np.abs(random.standard_normal(20_000))
+    values = np.append(values, random.uniform(5, 12, tail))
+    counts = np.histogram(values, 2048, range=(0, values.max()))[0].astype(np.float64)
+    share = to_int8._least_divergence(counts, 127)
+    first = counts.copy()
+    first[0] = first[1]  # zeros are exact at any scale
+    every = {kept: divergence(first, kept, 128) for kept in range(128, 2049, 8)}
+    best = divergence(first, round(share * 2048), 128)
+    assert best <= min(every.values()) + 1e-9
+
+
+def test_divergence_cuts_a_long_thin_tail_and_keeps_an_even_spread():
+    random = np.random.default_rng(0)
+    normal = np.abs(random.standard_normal(100_000))
+    thin = np.append(normal, random.uniform(10, 40, 20))
+    for values, low, high in ((thin, 0.05, 0.3), (random.uniform(0, 1, 100_000), 0.95, 1.0)):
+        counts = np.histogram(values, 2048, range=(0, values.max()))[0].astype(np.float64)
+        assert low <= to_int8._least_divergence(counts, 127) <= high
+
+
+# ------------------------------------------------------------------------------- given roundings
+
+
+def floored(name, bits=8):
+    """Return a weight of the small network in integers that are rounded down, per channel."""
+    weight = next(
+        numpy_helper.to_array(t) for t in small_file().graph.initializer if t.name == name
+    )
+    _, scale = quantize_weight(weight, bits=bits)
+    return np.floor(weight / scale.reshape(-1, 1, 1, 1) + 1e-4).astype(np.int8)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-u8", "int8-u8s8"])
+def test_a_given_rounding_is_what_the_file_holds(form):
+    given = {name: floored(name) for name in ("w0", "w4")}
+    proto = quantize(small_file(), SMALL_IMAGES, form=form, rounded=given)
+    plain = small_int8(form)
+    held = [t for t in proto.graph.initializer if t.data_type == TensorProto.INT8 and t.dims]
+    for integers in given.values():
+        assert any(np.array_equal(numpy_helper.to_array(t), integers) for t in held)
+    assert not np.array_equal(run(proto, SMALL_IMAGES), run(plain, SMALL_IMAGES))
+    others = {t.name: t for t in plain.graph.initializer}
+    changed = [t.name for t in proto.graph.initializer if others[t.name] != t]
+    assert len(changed) == 2  # scales are the same, and so are all other weights
+    if form == "int8":
+        check_lint(proto)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"w9": np.zeros((8, 3, 3, 3), np.int8)}, "w9"),
+        ({"w0": np.zeros((8, 3, 1, 1), np.int8)}, "w0"),
+        ({"w0": np.full((8, 3, 3, 3), 100, np.int8)}, "steps from the float weight"),
+    ],
+)
+def test_a_rounding_of_another_weight_is_refused(given, message):
+    with pytest.raises(UsageError, match=message):
+        quantize(small_file(), SMALL_IMAGES, form="int8", rounded=given)
 
 
 # ------------------------------------------------------------------------------- whole networks

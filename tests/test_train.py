@@ -19,7 +19,7 @@ from litezoo.models.catalogue import get_spec
 from litezoo.models.create import create_model
 from litezoo.models.errors import UsageError
 from litezoo.models.weights import INFO_KEY, read_checkpoint
-from litezoo.recipes import trainer
+from litezoo.recipes import qat, trainer
 from litezoo.recipes.data import eval_transform, open_data
 from litezoo.recipes.runs import last_run
 from litezoo.recipes.trainer import ClassifierModule, ImageData, MixupConfig
@@ -644,6 +644,8 @@ def test_every_recipe_says_its_paper_command_cost_and_expected_result(recipe):
 def test_every_recipe_is_the_one_taken_for_its_name(recipe):
     if recipe.stem == "digits":
         assert trainer.find_recipe("repvgg_a0", "digits") == recipe
+    elif recipe.stem == "qat":  # of `litezoo train --qat`, for any model
+        assert qat.RECIPE == recipe
     else:
         assert trainer.find_recipe(catalogue.resolve_name(recipe.stem), "folder") == recipe
 

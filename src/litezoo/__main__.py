@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from litezoo.benchmarks.pick import Pick
     from litezoo.benchmarks.predict import Prediction
     from litezoo.benchmarks.profiling import Profile
-    from litezoo.export.artifact import Accuracy, Engine
+    from litezoo.export.artifact import Accuracy, Engine, Rung
     from litezoo.export.parity import Parity
 
 __all__ = ["main"]
@@ -273,6 +273,9 @@ def _export_parser(parser: ArgumentParser) -> None:
                         help="ONNX nodes that int8 leaves in float")  # fmt: skip
     parser.add_argument("--max-drop", type=float, default=0.5,
                         help="most points of top-1 that a precision may lose")  # fmt: skip
+    parser.add_argument("--last-rung", metavar="RUNG", help="how far int8 climbs to lose no more: "
+                        "minmax, equalize, ranges, float-layers, adaround, qat (default: "
+                        "float-layers; qat where int8 is named with --precision)")  # fmt: skip
     parser.add_argument("--objective", choices=("latency", "throughput"), default="latency")
     parser.add_argument("--batch", type=int, default=1, help="batch size that engines are compared "
                         "at (default: 1)")  # fmt: skip
@@ -367,7 +370,7 @@ def _export(args: Namespace) -> None:
         _check_limits(args, model, weights)
         return
     out = args.out or default_folder(model, args.device)
-    with _steps() as progress:
+    with _steps() as progress, _shown_rungs(args):
         artifact = export(
             model,
             device=args.device,
@@ -378,6 +381,7 @@ def _export(args: Namespace) -> None:
             calibration=args.calibration,
             keep_float=args.keep_float,
             max_drop=args.max_drop,
+            last_rung=args.last_rung,
             accuracy_images=args.accuracy_images,
             objective=args.objective,
             batch=args.batch,
@@ -408,6 +412,8 @@ def _export(args: Namespace) -> None:
              f"ms, batch {args.batch}"),
             rows,
         )  # fmt: skip
+        if artifact.ladder:
+            _ladder(artifact.ladder, args.max_drop)
         for what, reason in artifact.not_built.items():
             print(f"{what}: not built ({reason})")
         if artifact.kit:
@@ -418,6 +424,42 @@ def _export(args: Namespace) -> None:
 
     values = {"folder": str(out), **json.loads(artifact.to_json())}
     _show(values, as_json=args.json, text=text)
+
+
+@contextmanager
+def _shown_rungs(args: Namespace) -> Iterator[None]:
+    """Print the rungs that int8 tried where none was good enough."""
+    from litezoo.export.ladder import NotWorthIt
+
+    try:
+        yield
+    except NotWorthIt as error:
+        if not args.json:
+            _ladder([own.rung for own in error.tried], args.max_drop)
+        raise
+
+
+def _ladder(rungs: Sequence[Rung], max_drop: float) -> None:
+    """Print what each rung of the int8 ladder gave."""
+    _table(
+        f"int8: the rungs tried, until top-1 drops by {max_drop:g} points or less",
+        ("form", "rung", "how", "top-1 %", "drop", "agreement %", "SNR dB", "MB", "ms", "verdict"),
+        [
+            (
+                rung.form,
+                rung.stage,
+                rung.said,
+                f"{rung.accuracy.top1_percent:.2f}",
+                f"{rung.accuracy.drop:.2f}",
+                f"{rung.accuracy.agreement_percent:.1f}",
+                f"{rung.accuracy.snr_db:.0f}",
+                f"{rung.size_bytes / 1e6:.2f}",
+                "-" if rung.ms_per_batch is None else f"{rung.ms_per_batch:.3f}",
+                "taken" if rung.refused is None else "refused",
+            )
+            for rung in rungs
+        ],
+    )
 
 
 def _tuned(engine: Engine) -> str:
@@ -1314,6 +1356,8 @@ def _train(words: Sequence[str]) -> int:
                         "run (of MODEL, or the one in --out)")  # fmt: skip
     parser.add_argument("--search-scales", action="store_true", help="RepOpt-VGG: search its "
                         "optimizer's scales, for --model.optimizer.scales FILE")  # fmt: skip
+    parser.add_argument("--qat", action="store_true", help="go on from trained weights, which "
+                        "--model.weights names, with the rounding of int8")  # fmt: skip
     parser.add_argument("--options", action="store_true", help="show LightningCLI's options")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args, rest = parser.parse_known_args(words)
@@ -1341,11 +1385,15 @@ def _train(words: Sequence[str]) -> int:
             raise UsageError("there is no run to go on with in runs/; start one: litezoo train")
     require("pytorch_lightning", purpose="training", extra="train")
     require("torchmetrics", purpose="training", extra="train")
+    from litezoo.recipes.qat import train_quantized
     from litezoo.recipes.scale_search import ScaleSearchResult, search_scales
     from litezoo.recipes.trainer import TrainResult, train
 
+    if args.qat and args.search_scales:
+        raise UsageError("a search of scales is no training with rounding; take one of --qat and "
+                         "--search-scales")  # fmt: skip
     work: Callable[..., TrainResult | ScaleSearchResult]
-    work = search_scales if args.search_scales else train
+    work = search_scales if args.search_scales else train_quantized if args.qat else train
     done = work(
         model,
         data=args.data,
