@@ -15,6 +15,7 @@ from litezoo.export.artifact import load as litezoo_load
 from litezoo.export.artifact import read_artifact, signed_json, verify
 from litezoo.export.calibration import LEAST, choose_calibration
 from litezoo.export.exporter import export
+from litezoo.export.ladder import STAGES, NotWorthIt
 from litezoo.export.runtime_openvino import RUNTIME as OPENVINO
 from litezoo.models.catalogue import Preprocess
 from litezoo.models.errors import CheckFailed, MissingError, UsageError
@@ -78,10 +79,7 @@ def test_every_engine_says_how_near_it_is_to_pytorch(made):
 
 
 def test_int8_is_calibrated_on_the_images_that_the_network_was_trained_on(made):
-    assert (
-        "int8 calibrated on 512 training images of digits, ranges by minmax"
-        in read_artifact(made).notes
-    )
+    assert "int8 calibrated on 512 training images of digits" in read_artifact(made).notes
 
 
 def test_random_weights_get_no_int8_unless_told_what_to_calibrate_on(tmp_path):
@@ -99,7 +97,7 @@ def test_noise_is_calibrated_on_when_asked_for_twice(tmp_path, capsys, short):
     assert litezoo(*words) == 2
     assert "--yes-really" in capsys.readouterr().err
     assert litezoo(*words, "--yes-really") == 0
-    assert "int8 calibrated on noise, ranges by minmax" in read_artifact(tmp_path / "a").notes
+    assert "int8 calibrated on noise" in read_artifact(tmp_path / "a").notes
 
 
 @pytest.mark.parametrize(
@@ -152,12 +150,18 @@ def test_the_fastest_engines_keep_the_threads_and_the_hint_that_they_are_fastest
 # ----------------------------------------------------------------------- accuracy
 
 
-def test_a_precision_that_loses_too_much_is_refused_with_the_layers_to_keep(best, tmp_path):
-    with pytest.raises(CheckFailed, match=r"points of top-1.*worst layer .*--keep-float \S+"):
+def test_int8_that_loses_too_much_on_every_rung_is_refused_with_the_best_of_them(best, tmp_path):
+    with pytest.raises(NotWorthIt, match=r"the best of \d+ rungs .* points of top-1") as error:
         export(
-            "repvgg_tiny", device="cpu", weights=best, out=tmp_path / "a", precision="int8",
+            "repvgg_tiny", device="npu-int8", weights=best, out=tmp_path / "a", precision="int8",
             max_drop=-100,
         )  # fmt: skip
+    tried = [own.rung for own in error.value.tried]
+    assert {rung.stage for rung in tried} == {*STAGES}
+    trained = [rung.said for rung in tried if rung.stage == "qat"]
+    assert trained[0].endswith("QAT of the fused network")
+    assert trained[1] == "QAT of the train form"
+    assert all(rung.accuracy.drop < 5 for rung in tried if rung.stage == "qat")
     assert not (tmp_path / "a").exists()
 
 
