@@ -13,6 +13,9 @@ Both forms of a network are trained through its deploy form, the one that is exp
     train form: branches ─ fuse, in every step, with fixed ┘   (and round every input)
                            BatchNorm statistics
 
+What is learnt are the classes as the float network gives them (KL divergence), not the labels: the
+result stays the network that it was, and export compares its logits with that one's.
+
 The parameters stay those of the form that was given, so its state dict is what it ever was.
 
 * Weights: symmetric; the scale is max |w| / 127 of the present weight, per-tensor or per-channel.

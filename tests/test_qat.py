@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from test_data import write_folder
 from test_fuse import dead_identity, same, snapshot
 from test_models import shallow_small
-from test_train import tiny_run
+from test_train import litezoo, tiny_run
 from torch import nn
 from torch.func import functional_call
 
@@ -491,6 +491,17 @@ def test_without_weights_it_is_said_what_to_type(here):
     (run / "last.ckpt").touch()
     with pytest.raises(UsageError, match=r"add --model\.weights runs/repvgg_tiny/one/best.ckpt"):
         train_quantized("repvgg_tiny")
+
+
+def test_the_program_trains_with_rounding_from_named_weights(tmp_path_factory, here, capsys):
+    assert litezoo("train", "repvgg_tiny", "--data", "digits", "--qat") == 2
+    assert "add --model.weights" in capsys.readouterr().err
+    assert litezoo("train", "repvgg_tiny", "--qat", "--search-scales") == 2
+    assert "take one of --qat and --search-scales" in capsys.readouterr().err
+    weights = tiny_run(tmp_path_factory) / "best.ckpt"
+    words = (*SHORT, "--model.weights", weights, "--out", here / "run")
+    assert litezoo("train", "repvgg_tiny", "--qat", *words, "--json") == 0
+    assert (here / "run" / "best.ckpt").is_file()
 
 
 @pytest.mark.parametrize(
