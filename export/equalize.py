@@ -16,6 +16,11 @@ The precision of a channel in a tensor is its range over the tensor's (eq. 9), r
 the s are sought at which a channel has the same precision where it is made and where it is read: in
 each round s_i *= sqrt(made_i / read_i), with the largest precision among several makers or readers.
 Layers that stay in float are exactly rescaled as well, but have no say.
+
+Differs from the paper in: activations count, since they share 8 bits too. A channel that is little
+more than its bias has small weights, and to make those large would make its activation tower over
+all others. So its activation's precision over `_HEADROOM` counts as made as well; and where every
+row has a scale of its own, its range costs nothing, and the activation's precision is all.
 """
 
 from __future__ import annotations
@@ -45,6 +50,9 @@ __all__ = ["LARGEST_SCALE", "Equalized", "equalize"]
 LARGEST_SCALE = 2.0**10
 #: Rounds at most, and the change of log s below which there is no further one.
 _ROUNDS, _SETTLED = 40, 1e-3
+#: How many times the precision of its weights an activation may have. Of trained digits networks
+#: with constant channels, per tensor: 22 dB before, 10 dB without this, 24 with 4; others the same.
+_HEADROOM = 4.0
 #: Change of log s from which a channel counts as scaled: 1 %.
 _NOTICEABLE = 0.01
 
@@ -84,7 +92,8 @@ def equalize(proto: ModelProto, images: Array, *, per_channel: bool = False) -> 
 
     Args:
         proto: what `export_onnx` wrote, in float32; it is left as it is.
-        images: preprocessed images (N, C, H, W) on which both networks are run and compared.
+        images: preprocessed images (N, C, H, W) on which activations are measured and both networks
+            compared.
         per_channel: for weights with one scale per output channel. Where it is not known, leave it:
             what suits one scale per weight suits both.
 
@@ -96,7 +105,7 @@ def equalize(proto: ModelProto, images: Array, *, per_channel: bool = False) -> 
         raise UsageError("this ONNX file is quantized; equalisation starts from the float32 file")
     batches = image_batches(images)
     walk = _Walk(proto)
-    scales = _balance(walk, _activations(walk, proto, batches) if per_channel else None)
+    scales = _balance(walk, _activations(walk, proto, batches), per_channel=per_channel)
     model = type(proto)()
     model.CopyFrom(proto)
     moved = np.abs(np.log(scales)) >= _NOTICEABLE
@@ -174,42 +183,43 @@ def _activations(walk: _Walk, proto: ModelProto, batches: Sequence[Array]) -> li
     ]
 
 
-def _balance(walk: _Walk, activations: Sequence[_Activation] | None) -> _Floats:
+def _balance(walk: _Walk, activations: Sequence[_Activation], *, per_channel: bool) -> _Floats:
     """Return every channel's s: the same precision where it is made and where it is read.
 
-    What makes a channel are rows of weights or, where `activations` are given, those. What nothing
-    counted makes or reads, or reads only with zeros, has s = 1; what only float layers read is
-    brought to the range of the tensor that makes it, and the other way round.
+    What makes a channel are rows of weights and, with headroom, its activations; `per_channel` the
+    activations alone. What nothing counted makes or reads, or reads only with zeros, has s = 1;
+    what only float layers read is brought to the range of the tensor that makes it, and the other
+    way round.
     """
     roots = walk.roots()
     count = len(roots)
     convs = [conv for conv in walk.convs if conv.counts and conv.reach.any()]
     is_made, is_read = np.zeros(count, bool), np.zeros(count, bool)
     for conv in convs:
-        is_made[roots[conv.rows]] = True
+        is_made[roots[conv.rows]] = not per_channel
         is_read[roots[conv.columns]] = True
-    if activations is not None:
-        is_made[:] = False
-        for activation in activations:
-            is_made[roots[activation.channels]] = True
+    for activation in activations:
+        is_made[roots[activation.channels]] |= per_channel
     logs = np.zeros(count)
     limit = np.log(LARGEST_SCALE)
     for _ in range(_ROUNDS):
         scales = np.exp(logs)
-        made, read = np.zeros(count), np.zeros(count)
+        made, read, active = np.zeros(count), np.zeros(count), np.zeros(count)
         for conv in convs:
             reach = conv.reach * scales[roots[conv.columns]] / scales[roots[conv.rows]][:, None]
             reach /= reach.max()
-            if activations is None:
-                np.maximum.at(made, roots[conv.rows], reach.max(1))
+            np.maximum.at(made, roots[conv.rows], reach.max(1))
             shape = (conv.groups, -1, reach.shape[1])
             columns = conv.columns.reshape(shape)[:, 0]
             np.maximum.at(read, roots[columns], reach.reshape(shape).max(1))
-        for activation in activations or ():
+        for activation in activations:
             groups = roots[activation.channels]
             size = activation.reach / scales[groups]
             if size.any():
-                np.maximum.at(made, groups, size / size.max())
+                np.maximum.at(active, groups, size / size.max())
+        made = (
+            active if per_channel else np.where(made > 0, np.maximum(made, active / _HEADROOM), 0)
+        )
         has_made, has_read = made > 0, read > 0
         up, down = (
             np.log(np.where(has, x, 1.0)) for has, x in ((has_made, made), (has_read, read))

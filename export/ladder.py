@@ -113,6 +113,7 @@ class Ladder:
         self.keep_float = tuple(keep_float)
         self.last, self.retrain, self.progress = last, retrain, progress
         self._made: dict[Form, tuple[list[Step], Iterator[Step]]] = {}
+        self._quantized: dict[tuple[int, Form, tuple[str, ...]], tuple[Step, ModelProto]] = {}
         self._trained: dict[tuple[str, bool], tuple[ModelProto, str]] = {}
 
     def steps(self, form: Form) -> Iterator[Step]:
@@ -127,17 +128,25 @@ class Ladder:
             yield made[index]
 
     def quantize(self, step: Step, form: Form, *, keep_float: Collection[str] = ()) -> ModelProto:
-        """Return a step's 8-bit model, with further convolutions in float."""
-        return quantize(
-            step.float_proto,
-            self.images,
-            form=form,
-            per_channel=self.per_channel,
-            method=step.method,
-            keep_float=sorted({*self.keep_float, *step.keep_float, *keep_float}),
-            weight_bits=self.weight_bits,
-            rounded=step.rounded,
-        )
+        """Return a step's 8-bit model, with further convolutions in float; not to be changed.
+
+        Ranges are measured once: the same model is returned again.
+        """
+        names = tuple(sorted({*self.keep_float, *step.keep_float, *keep_float}))
+        key = id(step), form, names
+        if key not in self._quantized:
+            proto = quantize(
+                step.float_proto,
+                self.images,
+                form=form,
+                per_channel=self.per_channel,
+                method=step.method,
+                keep_float=names,
+                weight_bits=self.weight_bits,
+                rounded=step.rounded,
+            )
+            self._quantized[key] = step, proto  # the step too: its id stays its own
+        return self._quantized[key][1]
 
     @cached_property
     def equalized(self) -> Equalized:

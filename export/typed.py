@@ -8,6 +8,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -25,12 +27,21 @@ from .ladder import Ladder, NothingToTrain, NotWorthIt, Step, Tried, climb
 from .limits import apply_rewrites, check_limits
 from .parity import BATCHES, TOLERANCE, Parity, check_batches
 from .qdq_lint import check_lint
-from .request import Ranker, Request, batches_of, form_of, repeat_to, wanted_engines
-from .runtime import Array, get_runtime
+from .request import (
+    Ranker,
+    Request,
+    batches_of,
+    form_of,
+    in_parts,
+    repeat_to,
+    wanted_engines,
+)
+from .runtime import Array, BuildSource, get_runtime
 from .source import Source, logits_of
 from .to_half import HALVES, Half, check_fp16_range, to_half
 from .to_int8 import Form
 from .to_onnx import export_onnx, load_onnx, simplify_onnx
+from .worth import build_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -260,6 +271,7 @@ class _Int8:
         def check(step: Step, proto: ModelProto) -> None:
             self._check_range(form, step)
             check_form(form, proto, self.images, self.expected, self.second)
+            self._check_engines(form, proto, validation)
 
         try:
             found = climb(
@@ -277,6 +289,34 @@ class _Int8:
             raise
         self.tried[form] = found.tried
         return found.step, found.proto
+
+    def _check_engines(self, form: str, proto: ModelProto, validation: Validation) -> None:
+        """Raise CheckFailed where an engine made of the form here loses more than the file does.
+
+        What cannot be built is no reason to climb: the export itself says why.
+        """
+        request = self.request
+        typed, _ = apply_rewrites(proto, request.device)
+        for runtime, precision in wanted_engines(request):
+            is_here = runtime.missing(request.device) is None
+            if not is_here or form_of(runtime, precision, request.device) != form:
+                continue
+            with TemporaryDirectory() as scratch:
+                file = Path(scratch) / f"model.{form}.onnx"
+                file.write_bytes(typed.SerializeToString())
+                source = BuildSource(
+                    onnx={form: file}, images=self.images,
+                    open_resolution=request.dynamic_resolution,
+                )  # fmt: skip
+                try:
+                    session = build_session(runtime, precision, source, request, Path(scratch))
+                except (CheckFailed, MissingError):
+                    continue
+                label = f"{runtime.name} {precision}"
+                run = in_parts(session.run, request.device.batch.max)
+                accuracy = validation.accuracies({label: run})[label]
+            if accuracy.drop > request.max_drop:
+                raise CheckFailed(f"{label} loses {accuracy.drop:.2f} points")
 
     def _retrain(
         self, kind: Literal["fused", "train"], base: ModelProto, unsigned: bool

@@ -14,7 +14,7 @@ from .ladder import Tried
 from .request import Ranker, Request, form_of, repeat_to, wanted_engines
 from .runtime import Array, BuildSource, Runtime, Session, get_runtime
 
-__all__ = ["float_rivals", "timed_rungs", "verdict", "with_engines_times"]
+__all__ = ["build_session", "float_rivals", "timed_rungs", "verdict", "with_engines_times"]
 
 
 def timed_rungs(
@@ -43,7 +43,7 @@ def timed_rungs(
             label = f"{runtime.name} {precision}, rung {index + 1}"
             source = BuildSource(onnx={own.rung.form: file}, images=images)
             try:
-                sessions[label] = _build(runtime, precision, source, request, place)
+                sessions[label] = build_session(runtime, precision, source, request, place)
             except LitezooError:
                 continue
             labels[index] = label
@@ -81,9 +81,10 @@ def _runtime_of(form: str, request: Request) -> tuple[Runtime, str] | None:
     return None
 
 
-def _build(
+def build_session(
     runtime: Runtime, precision: str, source: BuildSource, request: Request, folder: Path
 ) -> Session:
+    """Build an engine into `folder` and load it, as `request` says."""
     files = runtime.build(source, device=request.device, precision=precision, folder=folder)
     return runtime.load(
         files, device=request.device, precision=precision, threads=request.threads,
@@ -115,7 +116,7 @@ def float_rivals(
             place.mkdir()
             try:
                 source = BuildSource(onnx={form: typed(form)}, images=images)
-                rivals[label] = _build(runtime, precision, source, request, place)
+                rivals[label] = build_session(runtime, precision, source, request, place)
             except LitezooError:  # no rival
                 continue
     return rivals

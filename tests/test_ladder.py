@@ -173,6 +173,25 @@ def test_rungs_are_made_when_they_are_asked_for_and_once():
     assert len(told) == 1
 
 
+def test_a_step_is_quantized_once_for_each_form_and_choice_of_float_layers(monkeypatch):
+    made = []
+
+    def count(proto, images, **options):
+        made.append(options["form"])
+        return quantize(proto, images, **options)
+
+    monkeypatch.setattr(ladder_module, "quantize", count)
+    own = Ladder(small_file(), small_images())
+    plain = next(own.steps("int8"))
+    first = own.quantize(plain, "int8")
+    assert own.quantize(plain, "int8") is first
+    assert made == ["int8"]
+    keep = convolutions(small_file())[:1]
+    assert own.quantize(plain, "int8", keep_float=keep) is not first
+    own.quantize(plain, "int8-u8")
+    assert made == ["int8", "int8", "int8-u8"]
+
+
 @pytest.mark.parametrize("last", STAGES)
 def test_no_rung_above_the_last_one_is_tried(last):
     own = Ladder(small_file(), small_images(), last=last, retrain=retrained)
