@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from helpers import settle, shallow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from onnx.parser import parse_model
 from test_int8 import float_file, small_file
-from test_models import shallow_small
 
 from litezoo.export.equalize import LARGEST_SCALE, equalize
 from litezoo.export.to_int8 import quantize
 from litezoo.export.to_onnx import export_onnx, load_onnx
+from litezoo.models.catalogue import get_spec
 from litezoo.models.errors import UsageError
 from litezoo.models.fuse import fuse
 
@@ -161,6 +162,12 @@ def test_channels_of_nothing_but_zeros_are_no_trouble():
     assert result.largest_scale <= LARGEST_SCALE
 
 
+def random_member(name):
+    """Return a member of the zoo of few blocks, of its own."""
+    torch.manual_seed(0)
+    return settle(shallow(get_spec(name)).build(num_classes=10))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -172,7 +179,7 @@ def test_channels_of_nothing_but_zeros_are_no_trouble():
 def test_the_zoo_s_networks_compute_the_same(name, per_channel):
     x = np.random.default_rng(1).standard_normal((4, 3, 64, 64)).astype(np.float32)
     if name in ("ese_vovnet19b_dw", "shufflenetv2_x1_0", "cspresnet50"):
-        proto = export_onnx(fuse(shallow_small(name)).eval(), x[:2], metadata={})
+        proto = export_onnx(fuse(random_member(name)), x[:2], metadata={})
     else:
         proto = float_file(name)
     result = equalize(proto, x, per_channel=per_channel)
@@ -184,7 +191,7 @@ def test_the_zoo_s_networks_compute_the_same(name, per_channel):
 
 def test_a_network_that_8_bits_ruin_is_brought_back():
     torch.manual_seed(0)
-    deploy = fuse(shallow_small("repvgg_a0")).eval()
+    deploy = fuse(random_member("repvgg_a0"))
     from measure_int8_risk import stressed
 
     x = np.random.default_rng(1).standard_normal((8, 3, 64, 64)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from collapsing import DYING, changed, images_of, stress, train_dying
 from helpers import in_catalogue, settle
-from test_int8 import CALIBRATION, float_file, run, small_file
+from test_int8 import run, small_file
 from test_train import TINY, litezoo
 
 from litezoo.export import ladder as ladder_module
@@ -25,9 +25,9 @@ from litezoo.export.to_int8 import PROPERTY, convolutions, quantize
 from litezoo.export.to_onnx import export_onnx, load_onnx
 from litezoo.export.typed import with_weights
 from litezoo.export.worth import verdict
-from litezoo.models.create import create_model
 from litezoo.models.errors import CheckFailed
 from litezoo.models.fuse import fuse
+from litezoo.models.repvgg import RepVGG
 
 # ------------------------------------------------------------------------------ the climb
 
@@ -112,13 +112,16 @@ def retrained(kind, base, unsigned):
     return base, "QAT of the fused network"
 
 
+def tiny_deploy(**options):
+    """Return a small RepVGG, random, some of its channels 64 times too small, in deploy form."""
+    torch.manual_seed(0)
+    table = {**TINY.architecture, "num_classes": 10, "in_chans": 1, **options}
+    return fuse(stress(settle(RepVGG(**table)), 64, every=8))
+
+
 @cache
 def tiny_file():
-    """Return the float file of a small RepVGG, random, some of its channels 64 times too small."""
-    torch.manual_seed(0)
-    with in_catalogue(TINY):
-        network = settle(create_model("repvgg_tiny", num_classes=10, in_chans=1))
-    return export_onnx(fuse(stress(network, 64, every=8)), tiny_images()[:2], metadata={})
+    return export_onnx(tiny_deploy(), tiny_images()[:2], metadata={})
 
 
 def tiny_images():
@@ -218,11 +221,8 @@ def test_without_a_trainer_nothing_is_trained():
 
 
 def test_a_network_takes_the_weights_of_its_equalised_file_by_their_names():
-    torch.manual_seed(0)
-    from test_models import shallow_small
-
-    deploy = fuse(shallow_small("repvgg_a0")).eval()
-    images = CALIBRATION
+    deploy = tiny_deploy()
+    images = tiny_images()
     proto = export_onnx(deploy, images[:2], metadata={})
     equal = ladder_module.equalize(proto, images)
     twin = with_weights(deploy, equal.proto, images)
@@ -236,10 +236,9 @@ def test_a_network_takes_the_weights_of_its_equalised_file_by_their_names():
 
 
 def test_weights_of_another_network_are_not_taken():
-    from test_models import shallow_small
-
-    deploy = fuse(shallow_small("repvgg_a0")).eval()
-    assert with_weights(deploy, float_file("mobilenetv2_100"), CALIBRATION[:2]) is None
+    other = tiny_deploy(depths=(1, 1, 1, 1))
+    proto = export_onnx(other, tiny_images()[:2], metadata={})
+    assert with_weights(tiny_deploy(), proto, tiny_images()) is None
 
 
 def test_int8_that_is_slower_than_a_float_precision_is_not_worth_it():
